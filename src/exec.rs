@@ -1,0 +1,1 @@
+//! Executors: [`Inference`] and [`Training`] tie a graph, a plan and a backend together.

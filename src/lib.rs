@@ -1,0 +1,19 @@
+//! FPENet (Liu & Yin, BMVC 2019) as an engine: a typed operator graph, hand-derived forward and
+//! backward passes, a fast CPU backend, and hand-written CUDA kernels.
+//!
+//! Data flows one way: [`config`] -> [`graph`] -> passes -> plan -> [`exec`] -> [`backend`].
+
+pub mod backend;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod exec;
+pub mod graph;
+pub mod model;
+pub mod ops;
+pub mod reference;
+pub mod segment;
+pub mod train;
+
+pub use config::ModelConfig;
+pub use error::{Error, Result};

@@ -1,0 +1,1 @@
+//! The loss: softmax cross-entropy, mean over labelled pixels.
