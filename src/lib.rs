@@ -8,6 +8,7 @@ pub mod config;
 pub mod data;
 pub mod error;
 pub mod exec;
+pub mod font;
 pub mod graph;
 pub mod model;
 pub mod ops;
