@@ -6,10 +6,13 @@
 pub mod backend;
 pub mod config;
 pub mod data;
+pub mod device;
 pub mod error;
 pub mod exec;
+pub mod files;
 pub mod font;
 pub mod graph;
+pub mod metrics;
 pub mod model;
 pub mod ops;
 pub mod reference;

@@ -1,0 +1,112 @@
+//! Which device runs the work: the choices of the command line, and how each is opened.
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum DeviceChoice {
+    /// CUDA where it works, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU backend.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The CUDA kernels, executed on the CPU: slow, for tests.
+    Emulated,
+}
+
+/// `--precision`: what activations and weights are stored in; sums are f32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Precision {
+    /// Single precision.
+    #[default]
+    F32,
+    /// Half precision, on devices that have it.
+    F16,
+}
+
+impl Precision {
+    /// `f32` or `f16`, as on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::F16 => "f16",
+        }
+    }
+}
+
+/// What `fpenet devices` says about one device.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct DeviceReport {
+    /// As on the command line: `cpu`, `cuda`, `emulated`.
+    pub kind: &'static str,
+    /// Device in words; empty where there is none.
+    pub name: String,
+    /// Whether work can run on it.
+    pub available: bool,
+    /// What is missing and how to get it, or other remarks.
+    pub note: String,
+}
+
+/// Opens a device. `threads` is the number of CPU threads, by default one per core.
+///
+/// # Errors
+/// [`Error::Usage`] for a combination that does not exist, [`Error::Device`] where the device
+/// does not work. [`DeviceChoice::Auto`] falls back to the CPU and does not fail for want of a GPU.
+pub fn open(
+    device: DeviceChoice,
+    precision: Precision,
+    threads: Option<usize>,
+) -> Result<Box<dyn Backend>> {
+    match device {
+        DeviceChoice::Auto => open_cuda(precision).or_else(|_| open_cpu(precision, threads)),
+        DeviceChoice::Cpu => open_cpu(precision, threads),
+        DeviceChoice::Cuda => open_cuda(precision),
+        DeviceChoice::Emulated => Err(Error::Device {
+            device: "emulated".into(),
+            problem: "this build does not hold the emulated kernels".into(),
+            remedy: "use --device cpu".into(),
+        }),
+    }
+}
+
+/// Every kind of device with its state, those that do not work included.
+pub fn list() -> Vec<DeviceReport> {
+    let report = |kind, opened: Result<Box<dyn Backend>>| match opened {
+        Ok(backend) => {
+            DeviceReport { kind, name: backend.describe(), available: true, note: String::new() }
+        }
+        Err(error) => {
+            DeviceReport { kind, name: String::new(), available: false, note: error.to_string() }
+        }
+    };
+    vec![
+        report("cpu", open(DeviceChoice::Cpu, Precision::F32, None)),
+        report("cuda", open(DeviceChoice::Cuda, Precision::F32, None)),
+        report("emulated", open(DeviceChoice::Emulated, Precision::F32, None)),
+    ]
+}
+
+fn open_cpu(precision: Precision, _threads: Option<usize>) -> Result<Box<dyn Backend>> {
+    if precision == Precision::F16 {
+        return Err(Error::Usage(
+            "--precision f16: expected a cuda or emulated device, found cpu, which computes in f32"
+                .into(),
+        ));
+    }
+    Err(Error::Device {
+        device: "cpu".into(),
+        problem: "this build does not hold the CPU backend".into(),
+        remedy: "update the checkout".into(),
+    })
+}
+
+fn open_cuda(_precision: Precision) -> Result<Box<dyn Backend>> {
+    Err(Error::Device {
+        device: "cuda".into(),
+        problem: "this build does not hold the CUDA backend".into(),
+        remedy: "use --device cpu or --device auto".into(),
+    })
+}

@@ -1,0 +1,210 @@
+//! Reading and writing files so that nothing on disk is ever half written or lost.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+use crate::error::{Error, Result};
+
+/// Writes a file as a whole or not at all: into a temporary file of the same folder, which is
+/// synced and then renamed over `path`. A failure leaves what was at `path` as it was and no
+/// temporary file behind. A symbolic link is followed; a pipe or a device is written directly.
+///
+/// # Errors
+/// [`Error::Io`] naming `path` and what failed.
+pub fn write_atomic(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<()> {
+    let failed = |source| Error::io("cannot write", path, source);
+    let (real, folder) = match resolve(path)? {
+        Target::File { real, folder } => (real, folder),
+        Target::Stream => {
+            let mut file = File::options().write(true).open(path).map_err(failed)?;
+            write(&mut file).map_err(failed)?;
+            return file.flush().map_err(failed);
+        }
+    };
+    let temporary = temporary(&real, &folder).map_err(failed)?;
+    let mut buffered = BufWriter::new(temporary);
+    write(&mut buffered).map_err(failed)?;
+    let temporary = buffered.into_inner().map_err(|e| failed(e.into_error()))?;
+    temporary.as_file().sync_all().map_err(failed)?;
+    temporary.persist(&real).map_err(|e| failed(e.error))?;
+    sync_folder(&folder).map_err(failed)
+}
+
+/// Refuses an output that [`write_atomic`] could not write, before long work is begun for it.
+/// Leaves nothing behind.
+///
+/// # Errors
+/// [`Error::Io`] naming `path`: its folder is missing or not writable, or it is a folder itself.
+pub fn check_writable(path: &Path) -> Result<()> {
+    match resolve(path)? {
+        Target::Stream => Ok(()),
+        Target::File { real, folder } => temporary(&real, &folder)
+            .map(drop)
+            .map_err(|source| Error::io("cannot write", path, source)),
+    }
+}
+
+/// Makes a folder for outputs, with its parents, and makes sure that files can be created in it.
+///
+/// # Errors
+/// [`Error::Io`] naming the folder.
+pub fn create_folder(path: &Path) -> Result<()> {
+    let failed = |source| Error::io("cannot create or write the folder", path, source);
+    fs::create_dir_all(path).map_err(failed)?;
+    temporary(Path::new("probe"), path).map(drop).map_err(failed)
+}
+
+/// Reads a whole file of at most `limit` bytes.
+///
+/// # Errors
+/// [`Error::Io`] where it cannot be read, [`Error::Format`] where it is longer than `limit`.
+pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let failed = |source| Error::io("cannot read", path, source);
+    let file = File::open(path).map_err(failed)?;
+    // The length is a hint only: it is 0 for pipes, and devices have no end.
+    let length = file.metadata().map_err(failed)?.len();
+    let mut bytes = Vec::with_capacity(length.min(limit) as usize);
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::format(path, format!("at most {limit} bytes"), "a longer file"));
+    }
+    Ok(bytes)
+}
+
+enum Target {
+    /// A regular file, existing or not, and the folder it is in.
+    File { real: PathBuf, folder: PathBuf },
+    /// A pipe, a terminal or a device, which a rename would destroy.
+    Stream,
+}
+
+fn resolve(path: &Path) -> Result<Target> {
+    let failed = |source| Error::io("cannot write", path, source);
+    let real = match fs::metadata(path) {
+        Ok(found) if found.is_dir() => {
+            return Err(failed(io::Error::new(io::ErrorKind::IsADirectory, "it is a folder")));
+        }
+        Ok(found) if !found.is_file() => return Ok(Target::Stream),
+        Ok(_) => path.canonicalize().map_err(failed)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => path.to_path_buf(),
+        Err(error) => return Err(failed(error)),
+    };
+    if real.file_name().is_none() {
+        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it names no file")));
+    }
+    let folder = match real.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    };
+    Ok(Target::File { real, folder })
+}
+
+/// A temporary file that deletes itself, named after the file it will become.
+fn temporary(path: &Path, folder: &Path) -> io::Result<NamedTempFile> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let prefix = format!(".{}.", name.chars().take(64).collect::<String>());
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix).suffix(".partial");
+    // tempfile's own mode is 0600; results are meant to be read by others, as umask allows.
+    #[cfg(unix)]
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    #[cfg(unix)]
+    builder.permissions(permissions);
+    // tempfile's errors add the temporary file's random name, which means nothing to a user.
+    builder.tempfile_in(folder).map_err(|e| e.kind().into())
+}
+
+/// Makes a rename last through a power cut.
+#[cfg(unix)]
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+#[cfg(not(unix))]
+fn sync_folder(_: &Path) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect()
+    }
+
+    #[test]
+    fn a_failed_write_keeps_the_old_file_and_leaves_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.txt");
+        write_atomic(&path, |w| w.write_all(b"old")).unwrap();
+        let result = write_atomic(&path, |w| {
+            w.write_all(b"half of the new")?;
+            Err(io::Error::other("cut off"))
+        });
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("out.txt") && message.contains("cut off"), "{message}");
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["out.txt"]);
+    }
+
+    #[test]
+    fn a_write_replaces_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.txt");
+        for text in ["a longer first text", "second"] {
+            write_atomic(&path, |w| w.write_all(text.as_bytes())).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        }
+        assert_eq!(names(folder.path()), ["out.txt"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_followed_and_devices_survive() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        fs::write(&file, "old").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        write_atomic(&link, |w| w.write_all(b"new")).unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+
+        write_atomic(Path::new("/dev/null"), |w| w.write_all(b"gone")).unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
+    }
+
+    #[test]
+    fn unwritable_outputs_are_refused_early_and_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "text").unwrap();
+        let bad = [folder.path().to_path_buf(), file.join("below"), folder.path().join("no/such")];
+        for path in bad {
+            let message = check_writable(&path).unwrap_err().to_string();
+            assert!(message.contains(path.to_str().unwrap()), "{message}");
+            assert!(!message.contains(".partial"), "{message}");
+        }
+        assert!(create_folder(&file.join("below")).is_err());
+        check_writable(&folder.path().join("new")).unwrap();
+        assert_eq!(names(folder.path()), ["file"]);
+    }
+
+    #[test]
+    fn reading_stops_at_the_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, [7; 100]).unwrap();
+        assert_eq!(read_limited(&path, 100).unwrap().len(), 100);
+        assert!(read_limited(&path, 99).is_err());
+        #[cfg(unix)]
+        assert!(read_limited(Path::new("/dev/zero"), 1000).is_err());
+    }
+}
