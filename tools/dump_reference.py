@@ -38,7 +38,7 @@ from fpenet_torch import (
 
 VOID = 255
 TOLERANCES = {"inference": 1e-5, "loss": 1e-5, "grads": 1e-4, "after_step": 1e-4}
-HEADROOM = 4.0  # an f32 run must stay this factor under each tolerance
+HEADROOM = 4.0  # an f32 run must stay this factor under each tolerance, and above it in sign margin
 TINY_GRADIENT = 1e-6  # a whole tensor's gradient below this is closer to noise than to a reference,
 ZERO_GRADIENT = 1e-10  # but below this it is zero in exact arithmetic, and compared absolutely: a shift
 # (project.bn.bias) that only reaches convolutions into a batch norm, as all do before "bilinear"
@@ -88,18 +88,19 @@ def _small(**switches: object) -> Config:
 # some stage, hence p = 2. A depthwise filter of which one tap alone sees the image has no gradient to
 # speak of (batch norm undoes its scale), so maps must be wider than 8, the largest dilation.
 SUITE = (
-    Case("meu_odd_size", _small(p=2), (51, 37), after_step=False),
-    Case("batch2_no_long_skip", _small(p=2, long_skip=False), (35, 26), batch=2, intermediates=False),
+    Case("meu_odd_size", _small(p=2), (43, 33), seed=2, after_step=False),
+    Case("batch2_no_long_skip", _small(p=2, long_skip=False), (35, 26), batch=2, seed=80,
+         intermediates=False),
     Case("two_branches_bilinear_decoder", _small(p=2, branches=2, long_skip=False, decoder="bilinear"),
          (37, 24), intermediates=False, after_step=False),
-    Case("ca_decoder", _small(classes=11, long_skip=False, decoder="ca"), (33, 24),
+    Case("ca_decoder", _small(classes=7, long_skip=False, decoder="ca"), (33, 24), seed=3,
          intermediates=False, after_step=False),
     Case("sigmoid_attention_one_branch", _small(branches=1, long_skip=False, attention="sigmoid"),
          (34, 25), intermediates=False, after_step=False),
     Case("relu_blocks_no_branch_addition_bilinear_decoder",
          _small(p=2, branch_addition=False, long_skip=False, decoder="bilinear", block_activation="relu"),
          (36, 27), intermediates=False, after_step=False),
-    Case("full_default", Config(), (83, 17), intermediates=False, after_step=False),
+    Case("full_default", Config(), (75, 17), intermediates=False, after_step=False),
 )
 
 
@@ -133,8 +134,9 @@ class Report:
 def randomise(model: FPENet) -> None:
     """Fills the parameters so that ignoring or misplacing any of them shows in the outputs.
 
-    Draws from torch's global generator; running statistics are left to `settle`. Gates are partly open: the attention biases are around 1, and
-    the spatial attention's weight is large because a mean over channels is small.
+    Draws from torch's global generator; running statistics are left to `settle`. Gates are partly open:
+    the attention biases are around 1, and the spatial attention's weight is large because a mean over
+    channels is small.
     """
     model.initialise()
     for module in model.modules():
@@ -322,6 +324,8 @@ def build(case: Case) -> tuple[FPENet, Tensor, Tensor, Reference, Report]:
     for part, error in report.errors.items():
         if getattr(case, part, True) and error > TOLERANCES[part] / HEADROOM:
             report.problems.append(f"f32 {part} are off by {error:.1e}, tolerance {TOLERANCES[part]:.0e}")
+    if case.after_step and report.sign < HEADROOM:
+        report.problems.append(f"Adam's sign margin is {report.sign:.1f}, at least {HEADROOM:.0f} wanted")
     if case.grads and report.smallest_gradient[0] < TINY_GRADIENT:
         report.problems.append("gradient of {1} has norm {0:.1e}".format(*report.smallest_gradient))
     if case.config.attention == "relu":
@@ -345,7 +349,7 @@ def dump(case: Case, folder: Path) -> Report:
         if case.intermediates or name == "logits"
     }
     for name, tensor in arrays.items():
-        np.save(folder / f"{name}.npy", np.ascontiguousarray(tensor.numpy()))
+        np.save(folder / f"{name}.npy", tensor.contiguous().numpy())
     if case.grads:
         save_tensors(folder / "grads.safetensors", truth.grads)
     if case.after_step:
@@ -380,8 +384,10 @@ def readme(reports: list[Report]) -> str:
     return f"""\
 # Reference folders
 
-Written by `python tools/dump_reference.py --suite tests/data` with PyTorch {torch.__version__.split("+")[0]} and
-NumPy {np.__version__} (versions: `tools/requirements.txt`); do not edit by hand. Read by `fpenet check --reference DIR`.
+Written by `python tools/dump_reference.py --suite tests/data` with PyTorch {torch.__version__}
+and NumPy {np.__version__} (`tools/requirements.txt`); do not edit by hand. Read by
+`fpenet check --reference DIR`.
+
 Weights, input and labels are random; everything is computed in double precision and stored as f32.
 
 Below, what an f32 run of PyTorch on the CPU makes of each folder: worst relative L2 over its tensors
@@ -421,7 +427,8 @@ def main() -> int:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, metavar="DIR", help="write one folder")
     target.add_argument("--suite", type=Path, metavar="DIR", help="write the standard suite under DIR")
-    target.add_argument("--seeds", type=int, metavar="N", help="try seeds 0..N, print the best, write nothing")
+    target.add_argument("--seeds", type=int, metavar="N",
+                        help="try seeds 0..N, print the best, write nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=parse_size, default=(67, 45), metavar="WxH")

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -318,9 +317,20 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 def save_tensors(
     path: Path | str, named: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file of f32 tensors, whatever they are held in."""
-    named = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in named.items()}
-    save_file(named, path, metadata=metadata)
+    """Writes a safetensors file of f32 tensors, whatever they are held in.
+
+    Same contents, same bytes; the safetensors package writes its metadata in random order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    payload = bytearray()
+    for name, tensor in sorted(named.items()):
+        data = tensor.detach().cpu().numpy().astype("<f4").tobytes()
+        offsets = [len(payload), len(payload) + len(data)]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": offsets}
+        payload += data
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8
+    Path(path).write_bytes(len(text).to_bytes(8, "little") + text + payload)
 
 
 def save_model(path: Path | str, model: FPENet, labels: Labels | None = None) -> None:

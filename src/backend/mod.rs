@@ -3,7 +3,7 @@
 pub mod cpu;
 
 use crate::error::Result;
-use crate::graph::{Plan, Tensor};
+use crate::graph::{Plan, PlaneLayout, Tensor};
 
 /// One Adam update (Kingma & Ba 2015) with coupled weight decay, as `torch.optim.Adam` does it:
 /// g += decay * w; m, v exponential means; w -= lr * m_hat / (sqrt(v_hat) + eps).
@@ -44,13 +44,18 @@ pub enum State {
 }
 
 /// A device that runs plans. One backend serves one plan at a time: [`Backend::prepare`] makes
-/// room for it, everything after works on that room without allocating.
+/// room for it, everything after works in that room.
 pub trait Backend: Send {
     /// Device kind as on the command line: `cpu`, `cuda`, `emulated`.
     fn kind(&self) -> &'static str;
 
     /// Device in words, for logs and result files ("AMD EPYC, 2 threads, AVX2").
     fn describe(&self) -> String;
+
+    /// How planes are to be laid out for this device.
+    fn layout(&self) -> PlaneLayout {
+        PlaneLayout::Dense
+    }
 
     /// Allocates arena and parameter vectors for a plan. Arena contents are undefined.
     ///

@@ -1,6 +1,6 @@
 //! FPENet from a configuration (SPEC, "Network"; paper, section 3).
 
-use super::params::{assign_offsets, ParamId, ParamRole, ParamSpec};
+use super::params::{ParamId, ParamRole, ParamSpec, assign_offsets};
 use super::{Graph, Node, NodeId};
 use crate::config::{Attention, BlockActivation, Decoder, ModelConfig};
 use crate::error::Result;
@@ -107,8 +107,7 @@ impl Builder<'_> {
     }
 
     fn bn_params(&mut self, name: &str, channels: usize) -> BnParams {
-        let mut param =
-            |key: &str, role| self.param(format!("{name}.{key}"), vec![channels], role);
+        let mut param = |key: &str, role| self.param(format!("{name}.{key}"), vec![channels], role);
         BnParams {
             weight: param("weight", ParamRole::Scale),
             bias: param("bias", ParamRole::Bias),
@@ -219,11 +218,8 @@ impl Builder<'_> {
 
     /// concat(first unit, last block), or the last block alone; registers the SPEC's name.
     fn long_skip(&mut self, name: &str, first: NodeId, last: NodeId) -> NodeId {
-        let out = if self.config.long_skip {
-            self.node(name, Op::Concat, &[first, last])
-        } else {
-            last
-        };
+        let out =
+            if self.config.long_skip { self.node(name, Op::Concat, &[first, last]) } else { last };
         self.named.push((name.to_string(), out));
         out
     }

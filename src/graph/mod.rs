@@ -10,7 +10,7 @@ pub mod plan;
 pub mod summary;
 
 pub use params::{ParamId, ParamRole, ParamSpec, ParamStore};
-pub use plan::{Mode, Plan, Space, Step, Tensor};
+pub use plan::{GradSlot, Mode, Plan, PlaneLayout, Step, Tensor};
 
 use crate::error::{Error, Result};
 use crate::ops::Op;

@@ -157,7 +157,8 @@ impl ParamStore {
             if let Some(i) = self.values[spec.range()].iter().position(|v| !v.is_finite()) {
                 return Err(Error::Failed(format!(
                     "tensor {}: expected finite values, found {} at element {i}",
-                    spec.name, self.values[spec.offset + i]
+                    spec.name,
+                    self.values[spec.offset + i]
                 )));
             }
         }

@@ -23,18 +23,9 @@ pub enum Mode {
     Training,
 }
 
-/// Which memory a tensor lives in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Space {
-    /// The plan's arena.
-    Arena,
-}
-
 /// A tensor's place: offset and strides in elements; rows are dense, planes may be padded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tensor {
-    /// Memory it lives in.
-    pub space: Space,
     /// First element.
     pub offset: usize,
     /// N x C x H x W.
@@ -134,4 +125,284 @@ pub struct Plan {
     pub trainable_len: usize,
     /// Arena size in elements: the peak of live activations, gradients and saved tensors.
     pub arena_len: usize,
+}
+
+impl Plan {
+    /// Places every tensor of `graph` for inputs of n x 3 x h x w.
+    ///
+    /// # Errors
+    /// Those of [`Graph::infer_shapes`].
+    pub fn new(
+        graph: &Graph,
+        (n, h, w): (usize, usize, usize),
+        mode: Mode,
+        layout: PlaneLayout,
+    ) -> Result<Plan> {
+        let shapes = graph.infer_shapes(n, h, w)?;
+        Ok(Planner::new(graph, shapes, mode, layout).plan())
+    }
+
+    /// Peak bytes of activations, gradients and saved tensors (f32).
+    pub fn arena_bytes(&self) -> usize {
+        self.arena_len * size_of::<f32>()
+    }
+
+    /// Place of a parameter in the flat vector.
+    pub fn param(&self, id: super::ParamId) -> std::ops::Range<usize> {
+        self.params[id.0].range()
+    }
+}
+
+/// A block of the arena with the moments between which it must keep its contents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lifetime {
+    /// Elements.
+    pub len: usize,
+    /// Moment of the first write.
+    pub start: usize,
+    /// Moment of the last read, inclusive.
+    pub end: usize,
+}
+
+/// Offsets for blocks so that no two with meeting lifetimes overlap, and the length needed.
+pub fn place(blocks: &[Lifetime]) -> (Vec<usize>, usize) {
+    const ALIGN: usize = 16;
+    let mut order: Vec<usize> = (0..blocks.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(blocks[i].len), blocks[i].start, i));
+    let mut offsets = vec![0; blocks.len()];
+    let mut placed: Vec<usize> = Vec::new();
+    let mut total = 0;
+    for i in order {
+        let block = blocks[i];
+        let mut busy: Vec<(usize, usize)> = placed
+            .iter()
+            .filter(|&&j| blocks[j].start <= block.end && block.start <= blocks[j].end)
+            .map(|&j| (offsets[j], offsets[j] + blocks[j].len))
+            .collect();
+        busy.sort_unstable();
+        let mut offset = 0;
+        for (from, to) in busy {
+            if offset + block.len <= from {
+                break;
+            }
+            offset = offset.max(to.next_multiple_of(ALIGN));
+        }
+        offsets[i] = offset;
+        total = total.max(offset + block.len);
+        placed.push(i);
+    }
+    (offsets, total)
+}
+
+/// A value that lives inside another one: a concat's operand, or an output written over its input.
+#[derive(Debug, Clone, Copy)]
+struct Home {
+    root: usize,
+    channel: usize,
+}
+
+struct Planner<'a> {
+    graph: &'a Graph,
+    shapes: Vec<Shape>,
+    mode: Mode,
+    layout: PlaneLayout,
+    consumers: Vec<Vec<NodeId>>,
+    /// Node whose scores or logits the plan ends with.
+    last: usize,
+    blocks: Vec<Lifetime>,
+}
+
+impl<'a> Planner<'a> {
+    fn new(graph: &'a Graph, shapes: Vec<Shape>, mode: Mode, layout: PlaneLayout) -> Self {
+        let last = match mode {
+            Mode::Labels => graph.node(graph.logits).inputs[0].0,
+            _ => graph.logits.0,
+        };
+        let consumers = graph.consumers();
+        Planner { graph, shapes, mode, layout, consumers, last, blocks: Vec::new() }
+    }
+
+    fn training(&self) -> bool {
+        self.mode == Mode::Training
+    }
+
+    /// Moment of the loss; forward step i is at i, backward step i at 2 * loss - i.
+    fn loss(&self) -> usize {
+        self.graph.nodes.len()
+    }
+
+    fn backward(&self, node: usize) -> usize {
+        2 * self.loss() - node
+    }
+
+    fn kept(&self, node: usize) -> bool {
+        node == self.last
+            || self.mode == Mode::Inspect && self.graph.named.iter().any(|(_, id)| id.0 == node)
+    }
+
+    /// Moment of the last read of a node's output.
+    fn last_use(&self, node: usize) -> usize {
+        if self.kept(node) {
+            return if self.training() { self.loss() } else { 2 * self.loss() };
+        }
+        let mut end = node;
+        for consumer in &self.consumers[node] {
+            let op = &self.graph.node(*consumer).op;
+            let inputs = &self.graph.node(*consumer).inputs;
+            let reads = (0..inputs.len()).any(|i| inputs[i].0 == node && op.reads(i));
+            if reads && consumer.0 <= self.last {
+                end = end.max(consumer.0);
+                if self.training() && op.backward_needs().inputs {
+                    end = end.max(self.backward(consumer.0));
+                }
+            }
+        }
+        if self.training() && self.graph.nodes[node].op.backward_needs().output {
+            end = end.max(self.backward(node));
+        }
+        end
+    }
+
+    /// Where each value lives: itself, or a place inside another value.
+    fn homes(&self) -> Vec<Home> {
+        let count = self.graph.nodes.len();
+        let mut homes: Vec<Home> = (0..count).map(|root| Home { root, channel: 0 }).collect();
+        // Operands of a concat are written where the concat wants them.
+        for (i, node) in self.graph.nodes.iter().enumerate() {
+            if !matches!(node.op, Op::Concat) {
+                continue;
+            }
+            let mut channel = 0;
+            for input in &node.inputs {
+                let producer = &self.graph.node(*input).op;
+                let free = homes[input.0].root == input.0 && !matches!(producer, Op::Concat);
+                if free && !matches!(producer, Op::Input { .. }) {
+                    homes[input.0] = Home { root: i, channel };
+                }
+                channel += self.shapes[input.0].c;
+            }
+        }
+        // In inference an operator may write over its input when nothing reads it afterwards.
+        if !self.training() {
+            for (i, node) in self.graph.nodes.iter().enumerate() {
+                if !node.op.in_place() || homes[i].root != i {
+                    continue;
+                }
+                let input = node.inputs[0].0;
+                let alone = self.consumers[input].len() == 1 && homes[input].root == input;
+                let input_is_own = !matches!(self.graph.nodes[input].op, Op::Input { .. });
+                if alone
+                    && input_is_own
+                    && !self.kept(input)
+                    && self.shapes[input] == self.shapes[i]
+                {
+                    homes[i] = Home { root: input, channel: 0 };
+                }
+            }
+        }
+        homes
+    }
+
+    fn block(&mut self, shape: Shape, start: usize, end: usize) -> (usize, Tensor) {
+        let plane_stride = self.layout.stride(shape.plane());
+        let batch_stride = shape.c * plane_stride;
+        self.blocks.push(Lifetime { len: shape.n * batch_stride, start, end });
+        (self.blocks.len() - 1, Tensor { offset: 0, shape, batch_stride, plane_stride })
+    }
+
+    fn plan(mut self) -> Plan {
+        let count = self.last + 1;
+        let homes = self.homes();
+
+        // Lifetime of a root: from the first write of any member to the last read of any.
+        let mut spans: Vec<Option<(usize, usize)>> = vec![None; self.graph.nodes.len()];
+        for node in 0..count {
+            let (start, end) = (node, self.last_use(node));
+            let span = spans[homes[node].root].get_or_insert((start, end));
+            *span = (span.0.min(start), span.1.max(end));
+        }
+        let mut roots: Vec<Option<(usize, Tensor)>> = vec![None; self.graph.nodes.len()];
+        for (root, span) in spans.iter().enumerate() {
+            if let Some((start, end)) = *span {
+                roots[root] = Some(self.block(self.shapes[root], start, end));
+            }
+        }
+
+        let needs_grad = |node: usize| !matches!(self.graph.nodes[node].op, Op::Input { .. });
+        let mut saved: Vec<Vec<(usize, Tensor)>> = vec![Vec::new(); count];
+        let mut grads: Vec<Option<(usize, Tensor)>> = vec![None; count];
+        if self.training() {
+            let wants: Vec<usize> = (0..count).filter(|&i| needs_grad(i)).collect();
+            for &node in &wants {
+                let inputs: Vec<Shape> =
+                    self.graph.nodes[node].inputs.iter().map(|i| self.shapes[i.0]).collect();
+                for shape in self.graph.nodes[node].op.saved(&inputs, self.shapes[node]) {
+                    let block = self.block(shape, node, self.backward(node));
+                    saved[node].push(block);
+                }
+                let first_write = match self.consumers[node].last() {
+                    Some(consumer) => self.backward(consumer.0),
+                    None => self.loss(),
+                };
+                let block = self.block(self.shapes[node], first_write, self.backward(node));
+                grads[node] = Some(block);
+            }
+        }
+
+        let (offsets, arena_len) = place(&self.blocks);
+        let at = |(block, tensor): (usize, Tensor)| Tensor { offset: offsets[block], ..tensor };
+        let value = |node: usize| {
+            let home = homes[node];
+            let root = at(roots[home.root].expect("every value has a root"));
+            root.channels(home.channel, self.shapes[node].c)
+        };
+
+        let mut written = vec![false; count];
+        let mut grad_inputs: Vec<Vec<Option<GradSlot>>> = vec![Vec::new(); count];
+        for node in (0..count).rev().filter(|_| self.training()) {
+            let op = &self.graph.nodes[node].op;
+            for (i, input) in self.graph.nodes[node].inputs.iter().enumerate() {
+                let slot = grads[input.0].filter(|_| op.reads(i)).map(|grad| {
+                    let accumulate = std::mem::replace(&mut written[input.0], true);
+                    GradSlot { tensor: at(grad), accumulate }
+                });
+                grad_inputs[node].push(slot);
+            }
+        }
+
+        let steps = (0..count)
+            .filter(|&i| needs_grad(i))
+            .map(|i| {
+                let node = &self.graph.nodes[i];
+                Step {
+                    name: node.name.clone(),
+                    op: node.op.clone(),
+                    inputs: node.inputs.iter().map(|input| value(input.0)).collect(),
+                    output: value(i),
+                    saved: saved[i].iter().map(|&s| at(s)).collect(),
+                    grad_output: grads[i].map(at),
+                    grad_inputs: std::mem::take(&mut grad_inputs[i]),
+                }
+            })
+            .collect();
+        let named = match self.mode {
+            Mode::Inspect => {
+                self.graph.named.iter().map(|(name, id)| (name.clone(), value(id.0))).collect()
+            }
+            _ => Vec::new(),
+        };
+        let (param_len, trainable_len) = flat_len(&self.graph.params);
+        Plan {
+            mode: self.mode,
+            steps,
+            input: value(0),
+            logits: value(self.last),
+            grad_logits: grads[self.last].map(at),
+            named,
+            params: self.graph.params.clone(),
+            param_len,
+            trainable_len,
+            arena_len,
+        }
+    }
 }

@@ -1,6 +1,12 @@
 //! Dense 3x3 convolution, padding 1: the stem.
 
+use rayon::prelude::*;
+
+use super::conv1x1::{bias_gradient, sum_partials};
 use super::{Act, Cost};
+use crate::backend::cpu::gemm::{Epilogue, PackedWeights, TILE, TileSource, dot_pixels, gemm_tile};
+use crate::backend::cpu::scratch::with_scratch;
+use crate::backend::cpu::{Isa, View, ViewMut};
 use crate::graph::{ParamId, Shape};
 
 /// 3x3 convolution with padding 1; output size is ceil(size / stride).
@@ -37,5 +43,107 @@ impl Conv3x3 {
         let macs = (output.len() * self.in_channels * 9) as u64;
         let bias = if self.bias.is_some() { output.len() as u64 } else { 0 };
         Cost { macs, flops: macs + bias }
+    }
+}
+
+/// Pixels of one partial weight gradient; fixed, so that results do not depend on threads.
+const GRADIENT_CHUNK: usize = 2048;
+
+/// The 3x3 neighbourhoods of one image as K = 9 * in_channels rows of output pixels.
+struct Neighbourhoods<'a> {
+    x: View<'a>,
+    image: usize,
+    stride: usize,
+    out_w: usize,
+}
+
+impl TileSource for Neighbourhoods<'_> {
+    fn pack(&self, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
+        let k = 9 * self.x.shape().c;
+        for row in 0..k {
+            let (channel, dy, dx) = (row / 9, row % 9 / 3, row % 3);
+            let plane = self.x.plane(self.image, channel);
+            let mut done = 0;
+            while done < count {
+                let pixel = start + done;
+                // A run: within one output row and one strip.
+                let (oy, ox) = (pixel / self.out_w, pixel % self.out_w);
+                let run = (count - done).min(self.out_w - ox).min(nr - done % nr);
+                let target = &mut packed[(done / nr * k + row) * nr + done % nr..][..run];
+                self.gather(plane, (oy * self.stride + dy).wrapping_sub(1), ox, dx, target);
+                done += run;
+            }
+            if !count.is_multiple_of(nr) {
+                packed[(count / nr * k + row) * nr + count % nr..][..nr - count % nr].fill(0.0);
+            }
+        }
+    }
+}
+
+impl Neighbourhoods<'_> {
+    /// target[i] = plane[y][(ox + i) * stride + dx - 1], zero outside.
+    fn gather(&self, plane: &[f32], y: usize, ox: usize, dx: usize, target: &mut [f32]) {
+        let (h, w, stride) = (self.x.shape().h, self.x.shape().w, self.stride);
+        if y >= h {
+            return target.fill(0.0);
+        }
+        let row = &plane[y * w..][..w];
+        let mut x = (ox * stride + dx).wrapping_sub(1);
+        let mut rest = target.iter_mut();
+        if x == usize::MAX {
+            *rest.next().expect("runs are not empty") = 0.0;
+            x = x.wrapping_add(stride);
+        }
+        let tail = rest.into_slice();
+        let inside = w.saturating_sub(x).div_ceil(stride).min(tail.len());
+        let (inside, outside) = tail.split_at_mut(inside);
+        for (t, v) in inside.iter_mut().zip(row[x.min(w)..].iter().step_by(stride)) {
+            *t = *v;
+        }
+        outside.fill(0.0);
+    }
+}
+
+impl Conv3x3 {
+    /// y = relu?(W * x + b) with padding 1: N x in x H x W -> N x out x ceil(H/s) x ceil(W/s).
+    /// `w` is out x in x 3 x 3; a matrix product with the packed neighbourhoods.
+    pub fn forward(&self, isa: Isa, x: View, w: &[f32], bias: Option<&[f32]>, y: ViewMut) {
+        let packed = PackedWeights::new(w, self.out_channels, 9 * self.in_channels);
+        let pixels = y.shape().plane();
+        let tiles = pixels.div_ceil(TILE);
+        (0..y.shape().n * tiles).into_par_iter().with_min_len(8).for_each(|task| {
+            let (image, start) = (task / tiles, task % tiles * TILE);
+            let source = Neighbourhoods { x, image, stride: self.stride, out_w: y.shape().w };
+            let mut epilogue = Epilogue::store(y.image(image), y.plane_stride());
+            epilogue.bias = bias.map_or(std::ptr::null(), <[f32]>::as_ptr);
+            epilogue.relu = self.act == Act::Relu;
+            // Every task owns its pixels of all output planes.
+            unsafe { gemm_tile(isa, &packed, &source, start, TILE.min(pixels - start), &epilogue) }
+        });
+    }
+
+    /// dW[o][i][t] = sum over n, p of dY[n][o][p] x[n][i][p * stride + t - 1], db = sum of dY.
+    /// The stem reads the image, which needs no gradient, so there is no data gradient.
+    pub fn backward(&self, isa: Isa, x: View, dy: View, dw: &mut [f32], dbias: Option<&mut [f32]>) {
+        let (pixels, k) = (dy.shape().plane(), 9 * self.in_channels);
+        let chunks = pixels.div_ceil(GRADIENT_CHUNK);
+        let mut partial = vec![0.0f32; dy.shape().n * chunks * dw.len()];
+        partial.par_chunks_mut(dw.len()).enumerate().for_each(|(task, partial)| {
+            let (image, start) = (task / chunks, task % chunks * GRADIENT_CHUNK);
+            let count = GRADIENT_CHUNK.min(pixels - start);
+            let source = Neighbourhoods { x, image, stride: self.stride, out_w: dy.shape().w };
+            with_scratch(k * count, |rows| {
+                source.pack(start, count, count, rows);
+                unsafe {
+                    let a = dy.image(image).add(start);
+                    let (out, stride) = (self.out_channels, dy.plane_stride());
+                    dot_pixels(out, k, count, a, stride, rows.as_ptr(), count, partial);
+                }
+            });
+        });
+        sum_partials(&partial, dw);
+        if let Some(dbias) = dbias {
+            bias_gradient(isa, dy, dbias);
+        }
     }
 }

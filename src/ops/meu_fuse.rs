@@ -1,6 +1,11 @@
 //! Fusion of a mutual-embedding upsampling module (paper, section 3.2):
 //! out = l * ca + upsample(h) * sa.
 
+use rayon::prelude::*;
+
+use super::resize::Bilinear;
+use crate::backend::cpu::scratch::with_scratch;
+use crate::backend::cpu::{Isa, View, ViewMut, planes};
 use crate::graph::Shape;
 
 /// Inputs h (N x C x h x w), l (N x C x H x W), ca (N x C x 1 x 1) and, with `spatial`,
@@ -25,4 +30,120 @@ impl MeuFuse {
             && sa.is_none_or(|sa| *sa == l.with_channels(1));
         if fits { Ok(*l) } else { Err(rule.into()) }
     }
+}
+
+impl MeuFuse {
+    /// y = l * ca + upsample(h) * sa; `sa` is none without spatial attention (then 1).
+    pub fn forward(&self, isa: Isa, h: View, l: View, ca: View, sa: Option<View>, y: ViewMut) {
+        let (low, out) = (h.shape(), l.shape());
+        let map = Bilinear::new((low.h, low.w), (out.h, out.w));
+        let channels = out.c;
+        (0..out.n * channels).into_par_iter().for_each(|i| {
+            let (n, c) = (i / channels, i % channels);
+            let gate = ca.plane(n, c)[0];
+            // One task per plane.
+            let y = unsafe { y.plane_mut(n, c) };
+            with_scratch(map.scratch_len(), |scratch| {
+                for (row, y) in y.chunks_mut(out.w).enumerate() {
+                    map.row(isa, h.plane(n, c), row, scratch, y);
+                    let pixels = row * out.w..(row + 1) * out.w;
+                    if let Some(sa) = sa {
+                        for (y, sa) in y.iter_mut().zip(&sa.plane(n, 0)[pixels.clone()]) {
+                            *y *= sa;
+                        }
+                    }
+                    planes::add_scaled(isa, &l.plane(n, c)[pixels], gate, y);
+                }
+            });
+        });
+    }
+
+    /// With U = upsample(h):
+    ///   dl = dy * ca,   dca[c] = sum over p of dy * l,
+    ///   dsa[p] = sum over c of dy * U,   dh = upsample^T(dy * sa).
+    pub fn backward(&self, isa: Isa, io: MeuBackward) {
+        let (low, out) = (io.h.shape(), io.l.shape());
+        let map = Bilinear::new((low.h, low.w), (out.h, out.w));
+        // A task is an image: dsa sums over its channels, in their order.
+        (0..out.n).into_par_iter().for_each(|n| {
+            let len = map.scratch_len() + out.w;
+            with_scratch(len, |scratch| {
+                let (scratch, row_buffer) = scratch.split_at_mut(map.scratch_len());
+                if let Some((dsa, false)) = io.dsa {
+                    unsafe { dsa.plane_mut(n, 0) }.fill(0.0);
+                }
+                for c in 0..out.c {
+                    self.backward_plane(isa, &io, &map, n, c, scratch, row_buffer);
+                }
+            });
+        });
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn backward_plane(
+        &self,
+        isa: Isa,
+        io: &MeuBackward,
+        map: &Bilinear,
+        n: usize,
+        c: usize,
+        scratch: &mut [f32],
+        row_buffer: &mut [f32],
+    ) {
+        let w = io.l.shape().w;
+        let (dy, l) = (io.dy.plane(n, c), io.l.plane(n, c));
+        // One task per image.
+        let dca = unsafe { io.dca.0.plane_mut(n, c) };
+        let sum = planes::dot(isa, dy, l) as f32;
+        dca[0] = if io.dca.1 { dca[0] + sum } else { sum };
+
+        let dl = unsafe { io.dl.0.plane_mut(n, c) };
+        if !io.dl.1 {
+            dl.fill(0.0);
+        }
+        planes::add_scaled(isa, dy, io.ca.plane(n, c)[0], dl);
+
+        let dh = unsafe { io.dh.0.plane_mut(n, c) };
+        if !io.dh.1 {
+            dh.fill(0.0);
+        }
+        for (row, dy) in dy.chunks(w).enumerate() {
+            let pixels = row * w..(row + 1) * w;
+            let Some((sa, (dsa, _))) = io.sa.zip(io.dsa) else {
+                map.transpose_row(isa, dy, row, scratch, dh);
+                continue;
+            };
+            map.row(isa, io.h.plane(n, c), row, scratch, row_buffer);
+            let dsa = unsafe { dsa.pixels_mut(n, 0, pixels.clone()) };
+            for ((dsa, dy), u) in dsa.iter_mut().zip(dy).zip(&*row_buffer) {
+                *dsa += dy * u;
+            }
+            for ((v, dy), sa) in row_buffer.iter_mut().zip(dy).zip(&sa.plane(n, 0)[pixels]) {
+                *v = dy * sa;
+            }
+            map.transpose_row(isa, row_buffer, row, scratch, dh);
+        }
+    }
+}
+
+/// Operands of [`MeuFuse::backward`]; a gradient comes with whether to add to it.
+pub struct MeuBackward<'a> {
+    /// High-level features, N x C x h x w.
+    pub h: View<'a>,
+    /// Low-level features, N x C x H x W.
+    pub l: View<'a>,
+    /// Channel attention, N x C x 1 x 1.
+    pub ca: View<'a>,
+    /// Spatial attention, N x 1 x H x W.
+    pub sa: Option<View<'a>>,
+    /// Gradient of the output.
+    pub dy: View<'a>,
+    /// Gradient of h.
+    pub dh: (ViewMut<'a>, bool),
+    /// Gradient of l.
+    pub dl: (ViewMut<'a>, bool),
+    /// Gradient of ca.
+    pub dca: (ViewMut<'a>, bool),
+    /// Gradient of sa.
+    pub dsa: Option<(ViewMut<'a>, bool)>,
 }

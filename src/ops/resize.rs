@@ -1,5 +1,9 @@
 //! Bilinear resize with half-pixel centres (align_corners = false), as torch's interpolate.
 
+use rayon::prelude::*;
+
+use crate::backend::cpu::scratch::with_scratch;
+use crate::backend::cpu::{Isa, View, ViewMut, planes};
 use crate::graph::Shape;
 
 pub(super) fn shape(inputs: &[Shape]) -> Result<Shape, String> {
@@ -7,4 +11,176 @@ pub(super) fn shape(inputs: &[Shape]) -> Result<Shape, String> {
         [x, like] if x.n == like.n => Ok(Shape { c: x.c, ..*like }),
         _ => Err("an operand and one that lends its height and width".into()),
     }
+}
+
+/// Source positions along one axis: out[i] = in[lo] + frac * (in[hi] - in[lo]).
+#[derive(Debug, Clone)]
+pub struct Axis {
+    input: usize,
+    lo: Vec<u32>,
+    hi: Vec<u32>,
+    frac: Vec<f32>,
+}
+
+impl Axis {
+    /// Half-pixel centres: output i reads position (i + 0.5) * input / output - 0.5, clamped.
+    pub fn new(input: usize, output: usize) -> Self {
+        let scale = input as f64 / output as f64;
+        let last = (input - 1) as f64;
+        let position = |i: usize| ((i as f64 + 0.5) * scale - 0.5).clamp(0.0, last);
+        let lo: Vec<u32> = (0..output).map(|i| position(i) as u32).collect();
+        let frac = (0..output).map(|i| position(i).fract() as f32).collect();
+        let hi = lo.iter().map(|&l| (l + 1).min(input as u32 - 1)).collect();
+        Axis { input, lo, hi, frac }
+    }
+
+    /// Stretches a row of `input` elements.
+    fn stretch(&self, row: &[f32], out: &mut [f32]) {
+        let row = &row[..self.input];
+        if out.len() == 2 * self.input {
+            return stretch_twofold(row, out);
+        }
+        for (((y, &lo), &hi), &frac) in out.iter_mut().zip(&self.lo).zip(&self.hi).zip(&self.frac) {
+            let a = row[lo as usize];
+            *y = a + frac * (row[hi as usize] - a);
+        }
+    }
+
+    /// Adds the transpose of [`Axis::stretch`].
+    fn shrink_transposed(&self, grad: &[f32], row: &mut [f32]) {
+        for (((g, &lo), &hi), &frac) in grad.iter().zip(&self.lo).zip(&self.hi).zip(&self.frac) {
+            row[lo as usize] += (1.0 - frac) * g;
+            row[hi as usize] += frac * g;
+        }
+    }
+}
+
+/// The common case without index tables: weights 1/4 and 3/4, so that it vectorises.
+fn stretch_twofold(row: &[f32], out: &mut [f32]) {
+    let last = row.len() - 1;
+    out[0] = row[0];
+    out[2 * last + 1] = row[last];
+    for (pair, out) in row.windows(2).zip(out[1..].chunks_exact_mut(2)) {
+        out[0] = pair[0] + 0.25 * (pair[1] - pair[0]);
+        out[1] = pair[0] + 0.75 * (pair[1] - pair[0]);
+    }
+}
+
+/// Bilinear map from planes of one size to planes of another.
+#[derive(Debug, Clone)]
+pub struct Bilinear {
+    rows: Axis,
+    columns: Axis,
+}
+
+impl Bilinear {
+    /// Both sizes as (height, width).
+    pub fn new(input: (usize, usize), output: (usize, usize)) -> Self {
+        Bilinear { rows: Axis::new(input.0, output.0), columns: Axis::new(input.1, output.1) }
+    }
+
+    /// Elements of scratch that [`Bilinear::row`] and [`Bilinear::transpose_row`] need.
+    pub fn scratch_len(&self) -> usize {
+        self.columns.input
+    }
+
+    /// Output row `y` of a plane.
+    pub fn row(&self, isa: Isa, plane: &[f32], y: usize, scratch: &mut [f32], out: &mut [f32]) {
+        let w = self.columns.input;
+        let (lo, hi) = (self.rows.lo[y] as usize, self.rows.hi[y] as usize);
+        let (above, below) = (&plane[lo * w..][..w], &plane[hi * w..][..w]);
+        let frac = self.rows.frac[y];
+        let blended = &mut scratch[..w];
+        planes::affine(isa, above, (1.0 - frac, 0.0), None, false, blended);
+        planes::add_scaled(isa, below, frac, blended);
+        self.columns.stretch(blended, out);
+    }
+
+    /// Adds the gradient of output row `y` to the gradient of the input plane.
+    pub fn transpose_row(
+        &self,
+        isa: Isa,
+        grad: &[f32],
+        y: usize,
+        scratch: &mut [f32],
+        plane: &mut [f32],
+    ) {
+        let w = self.columns.input;
+        let blended = &mut scratch[..w];
+        blended.fill(0.0);
+        self.columns.shrink_transposed(grad, blended);
+        let (lo, hi) = (self.rows.lo[y] as usize, self.rows.hi[y] as usize);
+        let frac = self.rows.frac[y];
+        planes::add_scaled(isa, blended, 1.0 - frac, &mut plane[lo * w..][..w]);
+        planes::add_scaled(isa, blended, frac, &mut plane[hi * w..][..w]);
+    }
+}
+
+fn map_of(small: Shape, large: Shape) -> Bilinear {
+    Bilinear::new((small.h, small.w), (large.h, large.w))
+}
+
+/// Resizes every plane: N x C x h x w -> N x C x H x W.
+pub fn forward(isa: Isa, x: View, y: ViewMut) {
+    let map = map_of(x.shape(), y.shape());
+    let (channels, w) = (x.shape().c, y.shape().w);
+    (0..x.shape().n * channels).into_par_iter().for_each(|i| {
+        let (n, c) = (i / channels, i % channels);
+        // One task per plane.
+        let out = unsafe { y.plane_mut(n, c) };
+        with_scratch(map.scratch_len(), |scratch| {
+            for (row, out) in out.chunks_mut(w).enumerate() {
+                map.row(isa, x.plane(n, c), row, scratch, out);
+            }
+        });
+    });
+}
+
+/// The map is linear, so dX is its transpose applied to dY.
+pub fn backward(isa: Isa, dy: View, dx: ViewMut, accumulate: bool) {
+    let map = map_of(dx.shape(), dy.shape());
+    let (channels, w) = (dx.shape().c, dy.shape().w);
+    (0..dx.shape().n * channels).into_par_iter().for_each(|i| {
+        let (n, c) = (i / channels, i % channels);
+        // One task per plane.
+        let plane = unsafe { dx.plane_mut(n, c) };
+        if !accumulate {
+            plane.fill(0.0);
+        }
+        with_scratch(map.scratch_len(), |scratch| {
+            for (row, grad) in dy.plane(n, c).chunks(w).enumerate() {
+                map.transpose_row(isa, grad, row, scratch, plane);
+            }
+        });
+    });
+}
+
+/// Resizes scores to `out_h` x `out_w` and takes the class of the largest, row by row, without
+/// ever holding the resized scores. `labels` is N x out_h x out_w; ties go to the smaller class.
+pub fn argmax(isa: Isa, scores: View, out_h: usize, out_w: usize, labels: &mut [u8]) {
+    let shape = scores.shape();
+    assert_eq!(labels.len(), shape.n * out_h * out_w);
+    let map = Bilinear::new((shape.h, shape.w), (out_h, out_w));
+    labels.par_chunks_mut(out_w).enumerate().for_each(|(i, labels)| {
+        let (n, row) = (i / out_h, i % out_h);
+        with_scratch(map.scratch_len() + 2 * out_w, |scratch| {
+            let (scratch, rest) = scratch.split_at_mut(map.scratch_len());
+            let (best, candidate) = rest.split_at_mut(out_w);
+            map.row(isa, scores.plane(n, 0), row, scratch, best);
+            labels.fill(0);
+            for c in 1..shape.c {
+                map.row(isa, scores.plane(n, c), row, scratch, candidate);
+                for ((label, best), &v) in labels.iter_mut().zip(best.iter_mut()).zip(&*candidate) {
+                    let larger = v > *best;
+                    *label = if larger { c as u8 } else { *label };
+                    *best = if larger { v } else { *best };
+                }
+            }
+        });
+    });
+}
+
+/// [`argmax`] over a dense NCHW array of logits.
+pub fn argmax_nchw(logits: &[f32], shape: Shape, out_h: usize, out_w: usize, labels: &mut [u8]) {
+    argmax(Isa::detect(), View::dense(logits, shape), out_h, out_w, labels);
 }

@@ -1,0 +1,278 @@
+//! The CPU's side of the [`Backend`] trait: memory, threads, and which operator runs when.
+
+use std::sync::Arc;
+
+use rayon::ThreadPool;
+
+use super::simd::Isa;
+use super::{backward, forward};
+use crate::backend::{AdamStep, Backend, State};
+use crate::error::{Error, Result};
+use crate::graph::{Mode, Plan, PlaneLayout, Tensor};
+use crate::ops::{cross_entropy, resize};
+
+/// f32 on all cores of this machine.
+pub struct CpuBackend {
+    pub(super) isa: Isa,
+    pool: Arc<ThreadPool>,
+    pub(super) arena: Arena,
+    pub(super) params: Vec<f32>,
+    pub(super) grads: Vec<f32>,
+    moment1: Vec<f32>,
+    moment2: Vec<f32>,
+    labels: Vec<u8>,
+    loss: f32,
+}
+
+/// The planned memory, aligned to cache lines.
+#[derive(Default)]
+pub(super) struct Arena {
+    memory: Vec<f32>,
+    skip: usize,
+}
+
+impl Arena {
+    fn reserve(
+        &mut self,
+        len: usize,
+    ) -> std::result::Result<(), std::collections::TryReserveError> {
+        const LINE: usize = 64;
+        self.memory = Vec::new();
+        self.memory.try_reserve_exact(len + LINE / size_of::<f32>())?;
+        self.memory.resize(len + LINE / size_of::<f32>(), 0.0);
+        self.skip = self.memory.as_ptr().align_offset(LINE);
+        Ok(())
+    }
+
+    pub(super) fn base(&mut self) -> *mut f32 {
+        self.memory[self.skip..].as_mut_ptr()
+    }
+
+    /// Whether a planned tensor lies inside.
+    fn holds(&self, tensor: &Tensor) -> bool {
+        self.skip + tensor.offset + tensor.extent() <= self.memory.len()
+    }
+}
+
+impl CpuBackend {
+    /// A backend with a thread pool of its own; `threads` defaults to the number of cores.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for zero threads, [`Error::Device`] where threads cannot be started.
+    pub fn new(threads: Option<usize>) -> Result<Self> {
+        if threads.is_some_and(|t| t == 0 || t > 4096) {
+            let found = threads.unwrap_or_default();
+            return Err(Error::Usage(format!("threads: expected 1 to 4096, found {found}")));
+        }
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads.unwrap_or(0))
+            .thread_name(|i| format!("fpenet-cpu-{i}"))
+            .build()
+            .map_err(|e| Error::Device {
+                device: "cpu".into(),
+                problem: format!("cannot start worker threads: {e}"),
+                remedy: "pass a smaller --threads".into(),
+            })?;
+        Ok(CpuBackend {
+            isa: Isa::detect(),
+            pool: Arc::new(pool),
+            arena: Arena::default(),
+            params: Vec::new(),
+            grads: Vec::new(),
+            moment1: Vec::new(),
+            moment2: Vec::new(),
+            labels: Vec::new(),
+            loss: 0.0,
+        })
+    }
+
+    /// The same with a given instruction set, for tests that compare them.
+    pub fn with_isa(threads: Option<usize>, isa: Isa) -> Result<Self> {
+        Ok(CpuBackend { isa, ..Self::new(threads)? })
+    }
+
+    fn state(&mut self, state: State) -> &mut Vec<f32> {
+        match state {
+            State::Params => &mut self.params,
+            State::Grads => &mut self.grads,
+            State::Moment1 => &mut self.moment1,
+            State::Moment2 => &mut self.moment2,
+        }
+    }
+
+    fn check_tensor(&self, tensor: &Tensor, len: usize) -> Result<()> {
+        if len == tensor.shape.len() && self.arena.holds(tensor) {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            node: "host copy".into(),
+            expected: format!("{} elements ({})", tensor.shape.len(), tensor.shape),
+            found: format!("{len} elements"),
+        })
+    }
+}
+
+impl Backend for CpuBackend {
+    fn kind(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn describe(&self) -> String {
+        let threads = self.pool.current_num_threads();
+        format!("{}, {threads} threads, {}", processor_name(), self.isa.name())
+    }
+
+    fn layout(&self) -> PlaneLayout {
+        PlaneLayout::CachePadded
+    }
+
+    fn prepare(&mut self, plan: &Plan) -> Result<()> {
+        self.arena.reserve(plan.arena_len).map_err(|_| Error::Device {
+            device: "cpu".into(),
+            problem: format!("cannot allocate {} bytes", plan.arena_bytes()),
+            remedy: "use a smaller --size or --batch".into(),
+        })?;
+        self.params = vec![0.0; plan.param_len];
+        let trained = if plan.mode == Mode::Training { plan.trainable_len } else { 0 };
+        for state in [State::Grads, State::Moment1, State::Moment2] {
+            *self.state(state) = vec![0.0; trained];
+        }
+        self.labels.clear();
+        Ok(())
+    }
+
+    fn write(&mut self, tensor: &Tensor, data: &[f32]) -> Result<()> {
+        self.check_tensor(tensor, data.len())?;
+        let plane = tensor.shape.plane();
+        // The backend is borrowed mutably: nothing else touches the arena.
+        let view = unsafe { super::ViewMut::of(self.arena.base(), tensor) };
+        for (i, values) in data.chunks(plane).enumerate() {
+            let (n, c) = (i / tensor.shape.c, i % tensor.shape.c);
+            unsafe { view.plane_mut(n, c) }.copy_from_slice(values);
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, tensor: &Tensor, out: &mut [f32]) -> Result<()> {
+        self.check_tensor(tensor, out.len())?;
+        let plane = tensor.shape.plane();
+        let view = unsafe { super::View::of(self.arena.base(), tensor) };
+        for (i, values) in out.chunks_mut(plane).enumerate() {
+            values.copy_from_slice(view.plane(i / tensor.shape.c, i % tensor.shape.c));
+        }
+        Ok(())
+    }
+
+    fn write_state(&mut self, state: State, data: &[f32]) -> Result<()> {
+        let target = self.state(state);
+        if target.len() != data.len() {
+            return Err(length_mismatch(state, target.len(), data.len()));
+        }
+        target.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn read_state(&mut self, state: State, out: &mut [f32]) -> Result<()> {
+        let source = self.state(state);
+        if source.len() != out.len() {
+            return Err(length_mismatch(state, source.len(), out.len()));
+        }
+        out.copy_from_slice(source);
+        Ok(())
+    }
+
+    fn write_labels(&mut self, labels: &[u8]) -> Result<()> {
+        self.labels.clear();
+        self.labels.extend_from_slice(labels);
+        Ok(())
+    }
+
+    fn forward_step(&mut self, plan: &Plan, index: usize) -> Result<()> {
+        let pool = Arc::clone(&self.pool);
+        pool.install(|| forward::step(self, plan, &plan.steps[index]));
+        Ok(())
+    }
+
+    fn read_labels(&mut self, plan: &Plan, out: &mut [u8]) -> Result<()> {
+        let size = plan.input.shape;
+        if out.len() != size.n * size.plane() {
+            return Err(Error::Shape {
+                node: "labels".into(),
+                expected: format!("{} labels", size.n * size.plane()),
+                found: format!("{}", out.len()),
+            });
+        }
+        let (isa, base) = (self.isa, self.arena.base());
+        let scores = unsafe { super::View::of(base, &plan.logits) };
+        self.pool.install(|| resize::argmax(isa, scores, size.h, size.w, out));
+        Ok(())
+    }
+
+    fn backward(&mut self, plan: &Plan) -> Result<()> {
+        let grad_logits = plan
+            .grad_logits
+            .ok_or_else(|| Error::Usage("backward needs a plan made for training".into()))?;
+        let expected = plan.input.shape.n * plan.input.shape.plane();
+        if self.labels.len() != expected {
+            return Err(Error::Shape {
+                node: "labels".into(),
+                expected: format!("{expected} labels, written before the backward"),
+                found: format!("{}", self.labels.len()),
+            });
+        }
+        let pool = Arc::clone(&self.pool);
+        pool.install(|| {
+            let base = self.arena.base();
+            let logits = unsafe { super::View::of(base, &plan.logits) };
+            let gradient = unsafe { super::ViewMut::of(base, &grad_logits) };
+            self.loss = cross_entropy::forward_backward(logits, &self.labels, gradient);
+            for step in plan.steps.iter().rev() {
+                backward::step(self, plan, step);
+            }
+        });
+        Ok(())
+    }
+
+    fn loss(&mut self) -> Result<f32> {
+        Ok(self.loss)
+    }
+
+    fn adam(&mut self, plan: &Plan, step: AdamStep) -> Result<()> {
+        let weights = &mut self.params[..plan.trainable_len];
+        let moments = self.moment1.iter_mut().zip(&mut self.moment2);
+        let correction1 = 1.0 - f64::from(step.beta1).powi(step.step as i32);
+        let correction2 = 1.0 - f64::from(step.beta2).powi(step.step as i32);
+        let rate = (f64::from(step.lr) / correction1) as f32;
+        let root = (1.0 / correction2.sqrt()) as f32;
+        for ((w, g), (m, v)) in weights.iter_mut().zip(&self.grads).zip(moments) {
+            let g = g + step.weight_decay * *w;
+            *m += (1.0 - step.beta1) * (g - *m);
+            *v += (1.0 - step.beta2) * (g * g - *v);
+            *w -= rate * *m / (v.sqrt() * root + step.eps);
+        }
+        Ok(())
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn length_mismatch(state: State, expected: usize, found: usize) -> Error {
+    Error::Shape {
+        node: format!("{state:?}"),
+        expected: format!("{expected} values"),
+        found: format!("{found}"),
+    }
+}
+
+/// The processor as /proc/cpuinfo names it, or the architecture.
+fn processor_name() -> String {
+    std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|info| {
+            let line = info.lines().find(|l| l.starts_with("model name"))?;
+            Some(line.split_once(':')?.1.trim().to_string())
+        })
+        .unwrap_or_else(|| std::env::consts::ARCH.to_string())
+}

@@ -1,0 +1,242 @@
+//! Depthwise 3x3 convolution of one plane from a padded copy of it.
+//!
+//! The copy ([`Padded`]) has a border of `dilation` zeros, so that the nine taps of an output
+//! are nine loads at fixed distances, without a branch. With stride 2 its rows are split into
+//! even and odd columns, which turns the strided taps into contiguous loads as well; one kernel
+//! serves both strides.
+
+use super::simd::{Isa, Kernel, Simd};
+
+/// Columns that a vector may write or read past the end of a row.
+const SLACK: usize = 16;
+
+/// Geometry of a padded copy: where each tap of output (row, col) lies.
+#[derive(Debug, Clone, Copy)]
+pub struct Padded {
+    h: usize,
+    w: usize,
+    dilation: usize,
+    stride: usize,
+    pitch: usize,
+    /// Distance from a row's even columns to its odd ones (stride 2).
+    odd: usize,
+}
+
+impl Padded {
+    /// Geometry for an input plane of h x w.
+    pub fn new(h: usize, w: usize, dilation: usize, stride: usize) -> Self {
+        assert!(stride == 1 || stride == 2);
+        let columns = w + 2 * dilation;
+        let odd = columns.div_ceil(2) + SLACK;
+        let pitch = if stride == 1 { columns + SLACK } else { 2 * odd };
+        Padded { h, w, dilation, stride, pitch, odd }
+    }
+
+    /// Elements of the padded copy.
+    pub fn len(&self) -> usize {
+        (self.h + 2 * self.dilation) * self.pitch + SLACK
+    }
+
+    /// Height and width of the output.
+    pub fn output(&self) -> (usize, usize) {
+        (self.h.div_ceil(self.stride), self.w.div_ceil(self.stride))
+    }
+
+    /// Zeroes the whole copy, borders included: once per use of the memory, since filling
+    /// writes the interior only.
+    pub fn clear(&self, copy: &mut [f32]) {
+        copy[..self.len()].fill(0.0);
+    }
+
+    /// Fills the interior with x, or with x + y.
+    pub fn fill(&self, isa: Isa, x: &[f32], y: Option<&[f32]>, copy: &mut [f32]) {
+        assert!(copy.len() >= self.len() && x.len() == self.h * self.w);
+        let (d, w) = (self.dilation, self.w);
+        for row in 0..self.h {
+            let source = &x[row * w..][..w];
+            let other = y.map(|y| &y[row * w..][..w]);
+            let target = &mut copy[(row + d) * self.pitch..][..self.pitch];
+            if self.stride == 1 {
+                match other {
+                    Some(other) => super::planes::add(isa, source, other, &mut target[d..][..w]),
+                    None => target[d..][..w].copy_from_slice(source),
+                }
+            } else {
+                for (col, &v) in source.iter().enumerate() {
+                    let column = col + d;
+                    let at = column / 2 + (column & 1) * self.odd;
+                    target[at] = v + other.map_or(0.0, |o| o[col]);
+                }
+            }
+        }
+    }
+
+    /// Distances of the nine taps from the first element of an output row's input row.
+    fn taps(&self) -> [usize; 9] {
+        std::array::from_fn(|t| {
+            let (row, column) = (t / 3 * self.dilation, t % 3 * self.dilation);
+            let column =
+                if self.stride == 1 { column } else { column / 2 + (column & 1) * self.odd };
+            row * self.pitch + column
+        })
+    }
+
+    /// out[r][c] = relu?(bias + sum_t w[t] * tap_t(r, c)).
+    pub fn convolve(
+        &self,
+        isa: Isa,
+        copy: &[f32],
+        weights: &[f32],
+        bias: f32,
+        relu: bool,
+        out: &mut [f32],
+    ) {
+        self.run_convolution(isa, copy, weights, bias, relu, false, out);
+    }
+
+    /// out[r][c] += sum_t w[t] * tap_t(r, c), or `=` without `accumulate`.
+    pub fn correlate(
+        &self,
+        isa: Isa,
+        copy: &[f32],
+        weights: &[f32],
+        accumulate: bool,
+        out: &mut [f32],
+    ) {
+        self.run_convolution(isa, copy, weights, 0.0, false, accumulate, out);
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn run_convolution(
+        &self,
+        isa: Isa,
+        copy: &[f32],
+        weights: &[f32],
+        bias: f32,
+        relu: bool,
+        accumulate: bool,
+        out: &mut [f32],
+    ) {
+        let (oh, ow) = self.output();
+        assert!(copy.len() >= self.len() && out.len() == oh * ow);
+        let w = std::array::from_fn(|t| weights[t]);
+        let kernel =
+            Convolve { geometry: self, copy: copy.as_ptr(), w, bias, relu, accumulate, out };
+        unsafe { isa.run(kernel) }
+    }
+
+    /// dw[t] += sum over outputs of du[r][c] * tap_t(r, c).
+    pub fn weight_gradient(&self, isa: Isa, copy: &[f32], du: &[f32], dw: &mut [f64; 9]) {
+        let (oh, ow) = self.output();
+        assert!(copy.len() >= self.len() && du.len() == oh * ow);
+        unsafe { isa.run(WeightGradient { geometry: self, copy: copy.as_ptr(), du, dw }) }
+    }
+}
+
+struct Convolve<'a> {
+    geometry: &'a Padded,
+    copy: *const f32,
+    w: [f32; 9],
+    bias: f32,
+    relu: bool,
+    accumulate: bool,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Convolve<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let g = self.geometry;
+        let (oh, ow) = g.output();
+        let taps = g.taps();
+        unsafe {
+            let w: [S; 9] = [
+                S::splat(self.w[0]),
+                S::splat(self.w[1]),
+                S::splat(self.w[2]),
+                S::splat(self.w[3]),
+                S::splat(self.w[4]),
+                S::splat(self.w[5]),
+                S::splat(self.w[6]),
+                S::splat(self.w[7]),
+                S::splat(self.w[8]),
+            ];
+            for row in 0..oh {
+                let source = self.copy.add(row * g.stride * g.pitch);
+                let out = self.out.as_mut_ptr().add(row * ow);
+                let mut col = 0;
+                while col < ow {
+                    let p = source.add(col);
+                    // Two chains of additions halve the latency of nine dependent FMAs.
+                    let mut a = S::splat(self.bias);
+                    let mut b = S::load(p.add(taps[0])).mul(w[0]);
+                    a = w[1].mul_add(S::load(p.add(taps[1])), a);
+                    b = w[2].mul_add(S::load(p.add(taps[2])), b);
+                    a = w[3].mul_add(S::load(p.add(taps[3])), a);
+                    b = w[4].mul_add(S::load(p.add(taps[4])), b);
+                    a = w[5].mul_add(S::load(p.add(taps[5])), a);
+                    b = w[6].mul_add(S::load(p.add(taps[6])), b);
+                    a = w[7].mul_add(S::load(p.add(taps[7])), a);
+                    b = w[8].mul_add(S::load(p.add(taps[8])), b);
+                    let mut y = a.add(b);
+                    if self.relu {
+                        y = S::zero().max(y);
+                    }
+                    let lanes = (ow - col).min(S::LANES);
+                    if lanes == S::LANES {
+                        if self.accumulate {
+                            y = y.add(S::load(out.add(col)));
+                        }
+                        y.store(out.add(col));
+                    } else {
+                        if self.accumulate {
+                            y = y.add(S::load_first(out.add(col), lanes));
+                        }
+                        y.store_first(out.add(col), lanes);
+                    }
+                    col += S::LANES;
+                }
+            }
+        }
+    }
+}
+
+struct WeightGradient<'a> {
+    geometry: &'a Padded,
+    copy: *const f32,
+    du: &'a [f32],
+    dw: &'a mut [f64; 9],
+}
+
+impl Kernel for WeightGradient<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let g = self.geometry;
+        let (oh, ow) = g.output();
+        let taps = g.taps();
+        unsafe {
+            let mut sums = [S::zero(); 9];
+            for row in 0..oh {
+                let source = self.copy.add(row * g.stride * g.pitch);
+                let du = self.du.as_ptr().add(row * ow);
+                let mut col = 0;
+                while col < ow {
+                    let lanes = (ow - col).min(S::LANES);
+                    let d = if lanes == S::LANES {
+                        S::load(du.add(col))
+                    } else {
+                        S::load_first(du.add(col), lanes)
+                    };
+                    let p = source.add(col);
+                    for (sum, &tap) in sums.iter_mut().zip(&taps) {
+                        *sum = d.mul_add(S::load(p.add(tap)), *sum);
+                    }
+                    col += S::LANES;
+                }
+            }
+            for (total, sum) in self.dw.iter_mut().zip(sums) {
+                *total += f64::from(sum.sum());
+            }
+        }
+    }
+}
