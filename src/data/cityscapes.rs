@@ -1,0 +1,141 @@
+//! Cityscapes' fine annotations: `leftImg8bit/SPLIT/CITY/*_leftImg8bit.png` with
+//! `gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.png` or `*_gtFine_labelIds.png`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::{LabelEncoding, Sample, VOID, entries};
+use crate::error::{Error, Result};
+
+/// Class names and colours by train id, from the official `cityscapesscripts/helpers/labels.py`.
+pub const CLASSES: [(&str, [u8; 3]); 19] = [
+    ("road", [128, 64, 128]),
+    ("sidewalk", [244, 35, 232]),
+    ("building", [70, 70, 70]),
+    ("wall", [102, 102, 156]),
+    ("fence", [190, 153, 153]),
+    ("pole", [153, 153, 153]),
+    ("traffic light", [250, 170, 30]),
+    ("traffic sign", [220, 220, 0]),
+    ("vegetation", [107, 142, 35]),
+    ("terrain", [152, 251, 152]),
+    ("sky", [70, 130, 180]),
+    ("person", [220, 20, 60]),
+    ("rider", [255, 0, 0]),
+    ("car", [0, 0, 142]),
+    ("truck", [0, 0, 70]),
+    ("bus", [0, 60, 100]),
+    ("train", [0, 80, 100]),
+    ("motorcycle", [0, 0, 230]),
+    ("bicycle", [119, 11, 32]),
+];
+
+/// Label id (0 to 33, the values of `labelIds` files) to train id.
+pub const TRAIN_IDS: [u8; 34] = {
+    // Label id of each train id, in order.
+    const LABEL_IDS: [u8; 19] =
+        [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33];
+    let mut table = [VOID; 34];
+    let mut train_id = 0;
+    while train_id < LABEL_IDS.len() {
+        table[LABEL_IDS[train_id] as usize] = train_id as u8;
+        train_id += 1;
+    }
+    table
+};
+
+const IMAGE_SUFFIX: &str = "_leftImg8bit.png";
+/// Label files by preference: train ids need no mapping, so a set that has them prefers them.
+const LABEL_SUFFIXES: [(&str, LabelEncoding); 2] = [
+    ("_gtFine_labelTrainIds.png", LabelEncoding::CityscapesTrainIds),
+    ("_gtFine_labelIds.png", LabelEncoding::CityscapesIds),
+];
+
+/// Samples of a split, sorted by city and name.
+///
+/// # Errors
+/// As [`Dataset::open`](super::Dataset::open).
+pub(super) fn list(root: &Path, split: &str) -> Result<Vec<Sample>> {
+    let image_dir = root.join("leftImg8bit").join(split);
+    let label_dir = root.join("gtFine").join(split);
+    for (dir, role) in [(&image_dir, "images"), (&label_dir, "labels")] {
+        if !dir.is_dir() {
+            return Err(Error::format(
+                dir,
+                format!("the folder of Cityscapes' {role} of split {split}"),
+                "no such folder",
+            ));
+        }
+    }
+    let images = frames(&image_dir, &[IMAGE_SUFFIX])?;
+    if images.is_empty() {
+        return Err(Error::format(
+            &image_dir,
+            format!("images CITY/*{IMAGE_SUFFIX}"),
+            "none of them",
+        ));
+    }
+    let labels = frames(&label_dir, &LABEL_SUFFIXES.map(|(suffix, _)| suffix))?;
+    if let Some((frame, (_, path))) = labels.iter().find(|(f, _)| !images.contains_key(*f)) {
+        return Err(Error::format(
+            path,
+            format!("its image {}", image_dir.join(format!("{frame}{IMAGE_SUFFIX}")).display()),
+            "no such file",
+        ));
+    }
+    let sample = |(frame, (_, image)): (String, (usize, PathBuf))| match labels.get(&frame) {
+        Some((suffix, label)) => Ok(Sample {
+            image,
+            label: label.clone(),
+            name: frame.rsplit('/').next().unwrap_or(&frame).to_string(),
+            encoding: LABEL_SUFFIXES[*suffix].1,
+        }),
+        None => Err(Error::format(
+            image,
+            format!(
+                "its label {}",
+                label_dir.join(format!("{frame}_gtFine_labelIds.png")).display()
+            ),
+            "no such file",
+        )),
+    };
+    images.into_iter().map(sample).collect()
+}
+
+/// Files `CITY/FRAME + suffix` by `CITY/FRAME`, with the index of the suffix; where a frame has
+/// several, the first suffix wins.
+fn frames(dir: &Path, suffixes: &[&str]) -> Result<BTreeMap<String, (usize, PathBuf)>> {
+    let mut frames = BTreeMap::new();
+    for city in entries(dir)? {
+        let folder = dir.join(&city);
+        if !folder.is_dir() {
+            continue;
+        }
+        for name in entries(&folder)? {
+            for (i, suffix) in suffixes.iter().enumerate() {
+                let Some(frame) = name.strip_suffix(suffix) else { continue };
+                let key = format!("{city}/{frame}");
+                if frames.get(&key).is_none_or(|(other, _)| *other > i) {
+                    frames.insert(key, (i, folder.join(&name)));
+                }
+            }
+        }
+    }
+    Ok(frames)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn train_ids_cover_every_class_once_and_the_rest_is_void() {
+        for id in 0..CLASSES.len() as u8 {
+            assert_eq!(TRAIN_IDS.iter().filter(|t| **t == id).count(), 1, "train id {id}");
+        }
+        assert_eq!(TRAIN_IDS.iter().filter(|t| **t == VOID).count(), 34 - 19);
+        // Three of the official pairs, and caravan (29), which is not evaluated.
+        assert_eq!((TRAIN_IDS[7], TRAIN_IDS[26], TRAIN_IDS[33]), (0, 13, 18));
+        assert_eq!(TRAIN_IDS[29], VOID);
+    }
+}
