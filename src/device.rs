@@ -1,6 +1,7 @@
 //! Which device runs the work: the choices of the command line, and how each is opened.
 
 use crate::backend::Backend;
+use crate::backend::cpu::CpuBackend;
 use crate::error::{Error, Result};
 
 /// `--device`.
@@ -89,18 +90,14 @@ pub fn list() -> Vec<DeviceReport> {
     ]
 }
 
-fn open_cpu(precision: Precision, _threads: Option<usize>) -> Result<Box<dyn Backend>> {
-    if precision == Precision::F16 {
-        return Err(Error::Usage(
+fn open_cpu(precision: Precision, threads: Option<usize>) -> Result<Box<dyn Backend>> {
+    match precision {
+        Precision::F32 => Ok(Box::new(CpuBackend::new(threads)?)),
+        Precision::F16 => Err(Error::Usage(
             "--precision f16: expected a cuda or emulated device, found cpu, which computes in f32"
                 .into(),
-        ));
+        )),
     }
-    Err(Error::Device {
-        device: "cpu".into(),
-        problem: "this build does not hold the CPU backend".into(),
-        remedy: "update the checkout".into(),
-    })
 }
 
 fn open_cuda(_precision: Precision) -> Result<Box<dyn Backend>> {

@@ -2,6 +2,8 @@
 
 pub mod cpu;
 
+pub use crate::device::{DeviceChoice, DeviceReport, Precision, list, open};
+
 use crate::error::Result;
 use crate::graph::{Plan, PlaneLayout, Tensor};
 
