@@ -42,7 +42,7 @@ impl Conv1x1 {
 /// depend on the number of threads.
 const GRADIENT_CHUNK: usize = 8192;
 /// Tiles a task works through: long enough to hide the cost of scheduling it.
-const TILES_PER_TASK: usize = 8;
+const TILES_PER_TASK: usize = 16;
 
 /// y = act(W x + b + residual); w is out x in. N x in x H x W -> N x out x H x W.
 pub fn forward(

@@ -4,22 +4,22 @@
 //!
 //! Pixels are cut into tiles of [`TILE`]. A tile of X is packed into strips of NR pixels, each
 //! K x NR and contiguous, so that the inner loop reads memory in order whatever the plane
-//! stride; the packed tile stays in L1 or L2 while all panels of MR rows of W pass over it.
-//! Register block: MR = 4 rows x NR = 3 vectors of AVX2 (12 accumulators of 16 registers), or
-//! 4 x 6 of AVX-512 (24 of 32). The `gemm` crate, which serves the weight gradients
-//! ([`dot_pixels`]), was measured at 77 to 82 GFLOP/s on these shapes without an epilogue
-//! (`benches/ops.rs` compares).
+//! stride. A strip stays in L1 while all panels of MR rows of W pass over it, and every store
+//! fills whole cache lines. Register block: MR = 6 rows x 2 vectors of AVX2 (12 accumulators, 2
+//! pixels, 1 weight: 15 of 16 registers), or x 4 of AVX-512 (29 of 32). 4 x 3 would need all 16,
+//! and the compiler spilled one: half the speed.
+//!
+//! The `gemm` crate serves the weight gradients ([`dot_pixels`]), where there is no epilogue.
 
 use gemm::Parallelism;
 
 use super::scratch::with_scratch;
 use super::simd::{Isa, Kernel, Simd};
-use crate::ops::Act;
 
 /// Rows of a register block.
-pub const MR: usize = 4;
+pub const MR: usize = 6;
 /// Pixels of a tile; a multiple of NR on every instruction set.
-pub const TILE: usize = 96;
+pub const TILE: usize = 64;
 
 /// Weights in panels of MR rows: `[panel][k][MR]`, missing rows zero.
 pub struct PackedWeights {
@@ -114,12 +114,6 @@ impl Epilogue {
             relu: false,
         }
     }
-
-    /// Adds `act`; returns whether the caller still has to apply it.
-    pub fn with_act(mut self, act: Act) -> Self {
-        self.relu = act == Act::Relu;
-        self
-    }
 }
 
 /// Computes pixels `start .. start + count` (at most [`TILE`]) of all M rows.
@@ -136,8 +130,8 @@ pub unsafe fn gemm_tile(
     epilogue: &Epilogue,
 ) {
     let nr = match isa {
-        Isa::Avx512 => 96,
-        Isa::Avx2 | Isa::Portable => 24,
+        Isa::Avx512 => 64,
+        Isa::Avx2 | Isa::Portable => 16,
     };
     with_scratch(w.k * TILE, |packed| {
         x.pack(start, count, nr, packed);
@@ -157,7 +151,7 @@ struct TileKernel<'a> {
 impl Kernel for TileKernel<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        unsafe { if S::LANES == 16 { self.tile::<S, 6>() } else { self.tile::<S, 3>() } }
+        unsafe { if S::LANES == 16 { self.tile::<S, 4>() } else { self.tile::<S, 2>() } }
     }
 }
 
@@ -165,44 +159,50 @@ impl TileKernel<'_> {
     #[inline(always)]
     unsafe fn tile<S: Simd, const NV: usize>(self) {
         let (m, k, nr) = (self.w.m, self.w.k, NV * S::LANES);
-        for panel in 0..m.div_ceil(MR) {
-            let rows = (m - panel * MR).min(MR);
-            let weights = unsafe { self.w.data.as_ptr().add(panel * k * MR) };
-            for strip in 0..self.count.div_ceil(nr) {
+        for strip in 0..self.count.div_ceil(nr) {
+            let first = strip * nr;
+            let pixels = Pixels { start: self.start + first, valid: (self.count - first).min(nr) };
+            for panel in 0..m.div_ceil(MR) {
+                let row = panel * MR;
                 unsafe {
-                    let pixels = self.x.add(strip * k * nr);
-                    let acc = product::<S, NV>(weights, pixels, k);
-                    let first = strip * nr;
-                    let valid = (self.count - first).min(nr);
-                    self.finish(acc, panel * MR, rows, self.start + first, valid);
+                    let w = self.w.data.as_ptr().add(row * k);
+                    let x = self.x.add(first * k);
+                    match m - row {
+                        1 => self.block::<S, NV, 1>(w, x, row, pixels),
+                        2 => self.block::<S, NV, 2>(w, x, row, pixels),
+                        3 => self.block::<S, NV, 3>(w, x, row, pixels),
+                        4 => self.block::<S, NV, 4>(w, x, row, pixels),
+                        5 => self.block::<S, NV, 5>(w, x, row, pixels),
+                        _ => self.block::<S, NV, MR>(w, x, row, pixels),
+                    }
                 }
             }
         }
     }
 
-    /// Bias, residual, ReLU, store of a register block.
+    /// A register block of ROWS x NR: product, then bias, residual, ReLU and store.
     #[inline(always)]
-    unsafe fn finish<S: Simd, const NV: usize>(
+    unsafe fn block<S: Simd, const NV: usize, const ROWS: usize>(
         &self,
-        acc: [[S; NV]; MR],
+        w: *const f32,
+        x: *const f32,
         row: usize,
-        rows: usize,
-        pixel: usize,
-        valid: usize,
+        pixels: Pixels,
     ) {
         let e = self.epilogue;
-        for (i, vectors) in acc.iter().enumerate().take(rows) {
-            unsafe {
-                let bias = if e.bias.is_null() { 0.0 } else { *e.bias.add(row + i) };
-                let bias = S::splat(bias);
-                let out = e.out.add((row + i) * e.out_stride + pixel);
-                let residual = e.residual.wrapping_add((row + i) * e.residual_stride + pixel);
+        unsafe {
+            let acc = product::<S, NV, ROWS>(w, x, self.w.k);
+            for (i, vectors) in acc.iter().enumerate() {
+                let bias = S::splat(if e.bias.is_null() { 0.0 } else { *e.bias.add(row + i) });
+                let out = e.out.add((row + i) * e.out_stride + pixels.start);
+                let residual =
+                    e.residual.wrapping_add((row + i) * e.residual_stride + pixels.start);
                 for (j, &v) in vectors.iter().enumerate() {
                     let at = j * S::LANES;
-                    if at >= valid {
+                    if at >= pixels.valid {
                         break;
                     }
-                    let lanes = (valid - at).min(S::LANES);
+                    let lanes = (pixels.valid - at).min(S::LANES);
                     let full = lanes == S::LANES;
                     let mut y = v.add(bias);
                     if !e.residual.is_null() {
@@ -219,15 +219,22 @@ impl TileKernel<'_> {
     }
 }
 
-/// MR x NR register block: sum over k of w[k][i] * x[k][j].
+/// Pixels of a strip: the first, and how many are inside the plane.
+#[derive(Clone, Copy)]
+struct Pixels {
+    start: usize,
+    valid: usize,
+}
+
+/// ROWS x NR register block: sum over k of w[k][i] * x[k][j].
 #[inline(always)]
-unsafe fn product<S: Simd, const NV: usize>(
+unsafe fn product<S: Simd, const NV: usize, const ROWS: usize>(
     mut w: *const f32,
     mut x: *const f32,
     k: usize,
-) -> [[S; NV]; MR] {
+) -> [[S; NV]; ROWS] {
     unsafe {
-        let mut acc = [[S::zero(); NV]; MR];
+        let mut acc = [[S::zero(); NV]; ROWS];
         for _ in 0..k {
             let mut columns = [S::zero(); NV];
             for (j, c) in columns.iter_mut().enumerate() {
