@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use fpenet::model::Model;
+
 use super::args::ConfigArgs;
+use crate::say;
 
 /// Options of `fpenet init`.
 #[derive(clap::Args)]
@@ -19,6 +22,10 @@ pub struct Args {
 }
 
 /// Runs the command.
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("init: this build does not hold the command yet")
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let model = Model::init(args.network.config()?, args.seed)?;
+    model.save(&args.out)?;
+    let parameters = model.params.trainable_count();
+    say!("{}: {parameters} parameters, seed {}", args.out.display(), args.seed)?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -3,7 +3,14 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
+use fpenet::exec::Inference;
+use fpenet::graph::Mode;
+use fpenet::model::{Model, npy};
+use fpenet::{Error, files};
+
 use super::args::DeviceArgs;
+use crate::say;
 
 /// Options of `fpenet run`.
 #[derive(clap::Args)]
@@ -22,6 +29,25 @@ pub struct Args {
 }
 
 /// Runs the command.
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("run: this build does not hold the command yet")
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    files::check_writable(&args.output)?;
+    let model = Model::load(&args.model)?;
+    let (shape, input) = npy::read_f32(&args.input)?;
+    let [n, 3, h, w] = shape[..] else {
+        let found = format!("rank {} shape {shape:?}", shape.len());
+        return Err(Error::format(&args.input, "rank 4: shape N x 3 x H x W", found).into());
+    };
+    npy::check_finite(&args.input, &input)?;
+    let mut inference = Inference::new(&model, args.device.open()?, n, h, w, Mode::Logits)
+        .with_context(|| args.input.display().to_string())?;
+    inference.run(&input)?;
+    let logits = inference.logits()?;
+    npy::write_f32(&args.output, &[n, model.config.classes, h, w], &logits)?;
+    say!(
+        "{}: logits {n} x {} x {h} x {w} on {}",
+        args.output.display(),
+        model.config.classes,
+        inference.backend().describe()
+    )?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -57,6 +57,19 @@ pub fn write_f32(path: &Path, shape: &[usize], data: &[f32]) -> Result<()> {
     })
 }
 
+/// Refuses NaN and infinities in an array that came from `path`.
+///
+/// # Errors
+/// [`Error::Format`] with the first such element.
+pub fn check_finite(path: &Path, values: &[f32]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        Some(i) => {
+            Err(Error::format(path, "finite values", format!("{} at element {i}", values[i])))
+        }
+        None => Ok(()),
+    }
+}
+
 fn read<T: Deserialize + Copy>(
     path: &Path,
     kind: &str,

@@ -24,7 +24,8 @@ pub enum Selection {
 }
 
 impl Selection {
-    fn holds(self, spec: &ParamSpec) -> bool {
+    /// Whether a parameter is among them.
+    pub fn holds(self, spec: &ParamSpec) -> bool {
         self == Selection::All || spec.role.trainable()
     }
 }
