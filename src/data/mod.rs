@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use image::{GrayImage, RgbImage};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -23,7 +24,8 @@ pub use decode::LabelEncoding;
 pub const VOID: u8 = 255;
 
 /// Folder layouts (and class lists) that can be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum DatasetKind {
     /// `train/` with `trainannot/`, 11 classes.
     Camvid,

@@ -1,0 +1,448 @@
+//! The training loop.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::checkpoint::{Checkpoint, RunState};
+use super::history::EpochRecord;
+use super::observer::{Observer, Start, StepReport};
+use super::protocol::{Protocol, Request, Runtime};
+use super::validate::validate;
+use super::{log, plot, schedule, statistics};
+use crate::backend::AdamStep;
+use crate::data::loader::{Loader, LoaderOptions, Position};
+use crate::data::{Dataset, DatasetKind};
+use crate::error::{Error, Result};
+use crate::exec::Training;
+use crate::files::create_folder;
+use crate::graph::ParamStore;
+use crate::model::Model;
+
+/// How a call of [`train`] ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Whether all epochs are done; otherwise the run was stopped and can be resumed.
+    pub finished: bool,
+    /// Epochs done.
+    pub epochs: usize,
+    /// Epoch and mIoU of the best validation.
+    pub best: Option<(usize, f64)>,
+}
+
+/// Trains until the last epoch, until `stop` becomes true, or until the request's time is up; in
+/// the latter two cases after the current update, with a checkpoint.
+///
+/// The same request gives the same weights bit for bit on the same device and number of threads,
+/// however often the run was stopped, killed and resumed, and whatever the number of workers.
+///
+/// # Errors
+/// [`Error::Usage`] for settings out of range, an existing run without `resume`, none with it, or
+/// settings that contradict the run's. [`Error::Failed`] when the loss is no longer finite: the
+/// checkpoint on disk is then the last good one. Unreadable data, unwritable outputs, device errors.
+pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
+    let begun = Instant::now();
+    let paths = Paths::new(&request.out);
+    let checkpoint = paths.existing_checkpoint(request)?;
+    let (data, val, start) = match checkpoint {
+        Some(checkpoint) => resume(request, checkpoint)?,
+        None => begin(request)?,
+    };
+    create_folder(&request.out)?;
+    let _lock = paths.lock()?;
+
+    let Checkpoint { state, params, moment1, moment2 } = start;
+    let protocol = &state.protocol;
+    let (width, height) = protocol.size;
+    let backend = request.runtime.open()?;
+    let device = backend.describe();
+    let mut training =
+        Training::new(&protocol.config, &params, backend, protocol.batch, height, width)?;
+    training.restore(&params, Some((&moment1, &moment2)))?;
+    let loader = Loader::new(
+        Arc::new(data),
+        LoaderOptions {
+            augment: Some(protocol.augment()),
+            epochs: protocol.epochs as u64,
+            workers: request.runtime.workers(),
+            ..LoaderOptions::training(
+                protocol.batch,
+                protocol.size,
+                protocol.seed,
+                (state.mean, state.std),
+            )
+        },
+        Position { epoch: state.epoch as u64, batch: state.batch },
+    )?;
+    observer.started(&Start {
+        device: &device,
+        state: &state,
+        batches: loader.batches_per_epoch(),
+        val_images: val.as_ref().map_or(0, |v| v.samples.len()),
+        parameters: params.trainable_count(),
+    });
+    let mut session = Session {
+        runtime: &request.runtime,
+        paths,
+        val,
+        training,
+        loader,
+        state,
+        stop,
+        observer,
+        begun,
+        saved: Instant::now(),
+        plotted: None,
+    };
+    session.run()
+}
+
+/// Files of a run.
+struct Paths {
+    folder: PathBuf,
+    checkpoint: PathBuf,
+    best: PathBuf,
+    last: PathBuf,
+    log: PathBuf,
+    plot: PathBuf,
+}
+
+impl Paths {
+    fn new(folder: &Path) -> Self {
+        Paths {
+            folder: folder.to_path_buf(),
+            checkpoint: folder.join("checkpoint.safetensors"),
+            best: folder.join("best.safetensors"),
+            last: folder.join("last.safetensors"),
+            log: folder.join("log.csv"),
+            plot: folder.join("plot.png"),
+        }
+    }
+
+    fn existing_checkpoint(&self, request: &Request) -> Result<Option<Checkpoint>> {
+        let exists = self.checkpoint.exists();
+        match (request.resume, exists) {
+            (true, true) => Checkpoint::load(&self.checkpoint).map(Some),
+            (false, false) => Ok(None),
+            (false, true) => Err(Error::Usage(format!(
+                "{}: holds a run already; continue it with --resume, or choose another --out",
+                self.folder.display()
+            ))),
+            (true, false) => Err(Error::Usage(format!(
+                "--resume: {}: expected the checkpoint of a run, found none; leave --resume out \
+                 to start one",
+                self.checkpoint.display()
+            ))),
+        }
+    }
+
+    /// Keeps a second process out of the folder. The system releases the lock however this
+    /// process ends.
+    fn lock(&self) -> Result<File> {
+        let path = self.folder.join(".lock");
+        let file = File::create(&path).map_err(|e| Error::io("cannot write", &path, e))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) => Err(Error::Failed(format!(
+                "{}: another process is training here; wait for it, or choose another --out",
+                self.folder.display()
+            ))),
+            // A file system without locks: training without one beats not training.
+            Err(std::fs::TryLockError::Error(_)) => Ok(file),
+        }
+    }
+}
+
+type Prepared = (Dataset, Option<Arc<Dataset>>, Checkpoint);
+
+fn open_val(request: &Request, protocol: &Protocol) -> Result<Option<Arc<Dataset>>> {
+    let open = |split: &String| {
+        Dataset::open(protocol.dataset, &request.data, std::slice::from_ref(split)).map(Arc::new)
+    };
+    protocol.val_split.as_ref().map(open).transpose()
+}
+
+/// Opens the data of a new run and makes its state before the first update.
+fn begin(request: &Request) -> Result<Prepared> {
+    let kind = match request.dataset {
+        Some(kind) => kind,
+        None => DatasetKind::detect(&request.data)?,
+    };
+    let splits = request.splits.clone().unwrap_or_else(|| vec!["train".into()]);
+    let data = Dataset::open(kind, &request.data, &splits)?;
+    let start = request.init_from.as_deref().map(Model::load).transpose()?;
+    let base = start.as_ref().map(|m| &m.config);
+    let protocol = Protocol::new(request, kind, data.classes.len(), base)?;
+    check_enough(&data, &protocol)?;
+    let val = open_val(request, &protocol)?;
+
+    // A model that was trained with some normalisation keeps it.
+    let (params, (mean, std)) = match start {
+        Some(model) if model.config == protocol.config => (model.params, (model.mean, model.std)),
+        Some(_) => {
+            return Err(Error::Usage(
+                "--init-from: expected the model file's own configuration, found switches that \
+                 change it; leave them out"
+                    .into(),
+            ));
+        }
+        None => {
+            let model = Model::init(protocol.config.clone(), protocol.seed)?;
+            (model.params, statistics::mean_and_std(&data)?)
+        }
+    };
+    let (_, trainable) = crate::graph::params::flat_len(&params.specs);
+    let state = RunState {
+        classes: data.classes.clone(),
+        palette: data.palette.clone(),
+        mean,
+        std,
+        images: data.samples.len(),
+        names_crc32: names_crc32(&data),
+        epoch: 0,
+        batch: 0,
+        step: 0,
+        loss_sum: 0.0,
+        seconds: 0.0,
+        best: None,
+        history: Vec::new(),
+        protocol,
+    };
+    let zeros = vec![0.0; trainable];
+    Ok((data, val, Checkpoint { state, params, moment1: zeros.clone(), moment2: zeros }))
+}
+
+/// Opens the data of an existing run and checks that it is the data of the checkpoint.
+fn resume(request: &Request, checkpoint: Checkpoint) -> Result<Prepared> {
+    let state = &checkpoint.state;
+    let protocol = &state.protocol;
+    protocol.check_resume(request)?;
+    let data = Dataset::open(protocol.dataset, &request.data, &protocol.splits)?;
+    if data.samples.len() != state.images || names_crc32(&data) != state.names_crc32 {
+        return Err(Error::Failed(format!(
+            "{}: expected the {} training images that the run began with, found {} images or \
+             other names; resume with the same data",
+            request.data.display(),
+            state.images,
+            data.samples.len()
+        )));
+    }
+    let val = open_val(request, protocol)?;
+    Ok((data, val, checkpoint))
+}
+
+fn check_enough(data: &Dataset, protocol: &Protocol) -> Result<()> {
+    if data.samples.len() < protocol.batch {
+        return Err(Error::Usage(format!(
+            "--batch: expected at most the {} images of {}, found {}",
+            data.samples.len(),
+            protocol.splits.join(","),
+            protocol.batch
+        )));
+    }
+    Ok(())
+}
+
+fn names_crc32(data: &Dataset) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    for sample in &data.samples {
+        crc.update(sample.name.as_bytes());
+        crc.update(b"\n");
+    }
+    crc.finalize()
+}
+
+struct Session<'a> {
+    runtime: &'a Runtime,
+    paths: Paths,
+    val: Option<Arc<Dataset>>,
+    training: Training,
+    loader: Loader,
+    state: RunState,
+    stop: &'a AtomicBool,
+    observer: &'a mut dyn Observer,
+    begun: Instant,
+    saved: Instant,
+    plotted: Option<Instant>,
+}
+
+impl Session<'_> {
+    fn run(&mut self) -> Result<Outcome> {
+        // A run that was killed between its checkpoint and its log.
+        self.write_log(true)?;
+        while self.state.epoch < self.state.protocol.epochs {
+            if !self.train_epoch()? {
+                return Ok(self.outcome(false));
+            }
+            self.finish_epoch()?;
+            if self.state.epoch < self.state.protocol.epochs && self.must_stop() {
+                self.write_log(true)?;
+                return Ok(self.outcome(false));
+            }
+        }
+        self.write_log(true)?;
+        Ok(self.outcome(true))
+    }
+
+    fn outcome(&self, finished: bool) -> Outcome {
+        Outcome { finished, epochs: self.state.epoch, best: self.state.best }
+    }
+
+    fn must_stop(&self) -> bool {
+        let late = self.runtime.stop_after.is_some_and(|limit| self.begun.elapsed() >= limit);
+        late || self.stop.load(Ordering::Relaxed)
+    }
+
+    /// The rest of the current epoch's updates; false when stopped on the way, with a checkpoint.
+    fn train_epoch(&mut self) -> Result<bool> {
+        let epochs = self.state.protocol.epochs;
+        let lr = schedule::poly(self.state.protocol.lr, self.state.epoch, epochs);
+        let mut clock = Instant::now();
+        while self.state.batch < self.loader.batches_per_epoch() {
+            let Some(batch) = self.loader.next().transpose()? else {
+                return Err(Error::Failed("loader: the stream of batches ended early".into()));
+            };
+            let adam = AdamStep::paper(lr as f32, self.state.step + 1);
+            let loss = self.training.step(&batch.input, &batch.labels, adam)?;
+            if !loss.is_finite() {
+                return Err(self.diverged(loss));
+            }
+            self.state.step += 1;
+            self.state.batch += 1;
+            self.state.loss_sum += f64::from(loss);
+            self.state.seconds += clock.elapsed().as_secs_f64();
+            clock = Instant::now();
+            self.observer.step(&StepReport {
+                epoch: self.state.epoch + 1,
+                batch: self.state.batch,
+                step: self.state.step,
+                loss,
+                lr,
+            });
+            let stop = self.must_stop();
+            let due = self.saved.elapsed() >= self.runtime.checkpoint_interval
+                || self.runtime.checkpoint_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
+            if stop || due {
+                self.checkpoint()?;
+                self.observer.checkpoint(&self.paths.checkpoint, &self.state);
+            }
+            if stop {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn diverged(&self, loss: f32) -> Error {
+        let kept = if self.paths.checkpoint.exists() {
+            format!("the last good checkpoint is kept in {}", self.paths.checkpoint.display())
+        } else {
+            "there was no checkpoint yet".into()
+        };
+        Error::Failed(format!(
+            "epoch {} step {}: expected a finite loss, found {loss}; {kept}; try a smaller --lr",
+            self.state.epoch + 1,
+            self.state.step + 1
+        ))
+    }
+
+    /// Records, validates and writes everything that an epoch leaves. The checkpoint is written
+    /// before log and plot, which follow from it, and after the models, which do not: killed in
+    /// between, the epoch's end is repeated with the same result.
+    fn finish_epoch(&mut self) -> Result<()> {
+        let epoch = self.state.epoch + 1;
+        let protocol = &self.state.protocol;
+        let lr = schedule::poly(protocol.lr, self.state.epoch, protocol.epochs);
+        let images = (self.state.batch * protocol.batch) as f64;
+        let due = epoch.is_multiple_of(protocol.val_every) || epoch == protocol.epochs;
+        let size = protocol.size;
+        let model = self.model()?;
+        let validation = match &self.val {
+            Some(val) if due => {
+                self.observer.validating(val.samples.len());
+                Some(validate(&model, val, size, self.runtime)?)
+            }
+            _ => None,
+        };
+        let best = match (&validation, self.state.best) {
+            (Some(v), Some((_, miou))) => v.miou > miou,
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        if best {
+            model.save(&self.paths.best)?;
+            self.state.best = validation.as_ref().map(|v| (epoch, v.miou));
+        }
+        model.save(&self.paths.last)?;
+
+        let record = EpochRecord {
+            epoch,
+            step: self.state.step,
+            lr,
+            loss: self.state.loss_sum / self.state.batch.max(1) as f64,
+            images_per_second: images / self.state.seconds.max(1e-9),
+            seconds: self.state.seconds,
+            validation,
+        };
+        self.state.history.push(record.clone());
+        self.state.epoch = epoch;
+        self.state.batch = 0;
+        self.state.loss_sum = 0.0;
+        self.state.seconds = 0.0;
+        self.checkpoint()?;
+        self.write_log(false)?;
+        self.observer.epoch(&record, &self.state, best);
+        Ok(())
+    }
+
+    fn params(&mut self) -> Result<ParamStore> {
+        let params = self.training.params()?;
+        params.check_finite().map_err(|e| {
+            Error::Failed(format!(
+                "after epoch {} step {}: {e}; try a smaller --lr",
+                self.state.epoch + 1,
+                self.state.step
+            ))
+        })?;
+        Ok(params)
+    }
+
+    fn model(&mut self) -> Result<Model> {
+        Ok(Model {
+            params: self.params()?,
+            config: self.state.protocol.config.clone(),
+            classes: self.state.classes.clone(),
+            palette: self.state.palette.clone(),
+            mean: self.state.mean,
+            std: self.state.std,
+            train_size: Some(self.state.protocol.size),
+        })
+    }
+
+    fn checkpoint(&mut self) -> Result<()> {
+        let params = self.params()?;
+        let (moment1, moment2) = self.training.moments()?;
+        let state = self.state.clone();
+        Checkpoint { state, params, moment1, moment2 }.save(&self.paths.checkpoint)?;
+        self.saved = Instant::now();
+        Ok(())
+    }
+
+    /// Log and plot. On a fast device an epoch takes less than a plot is worth, so the plot
+    /// is drawn every so often unless `always`.
+    fn write_log(&mut self, always: bool) -> Result<()> {
+        const PLOT_INTERVAL: Duration = Duration::from_secs(20);
+        if self.state.history.is_empty() {
+            return Ok(());
+        }
+        log::write_csv(&self.paths.log, &self.state.classes, &self.state.history)?;
+        if always || self.plotted.is_none_or(|t| t.elapsed() > PLOT_INTERVAL) {
+            let name = self.paths.folder.file_name().unwrap_or_default().to_string_lossy();
+            plot::write_plot(&self.paths.plot, &name, &self.state.history)?;
+            self.plotted = Some(Instant::now());
+        }
+        Ok(())
+    }
+}
