@@ -6,6 +6,7 @@ mod check;
 mod devices;
 mod eval;
 mod init;
+mod progress;
 mod run;
 mod segment;
 mod summary;
@@ -32,7 +33,7 @@ enum Command {
     /// Measure a model on a data set: mIoU, IoU per class, global accuracy
     Eval(eval::Args),
     /// Train a model
-    Train(train::Args),
+    Train(Box<train::Args>),
     /// Compare a device with a reference folder written by PyTorch
     Check(check::Args),
     /// Run a model on a normalised NumPy array and write the logits
@@ -57,7 +58,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Segment(args) => segment::run(args),
         Command::Eval(args) => eval::run(args),
-        Command::Train(args) => train::run(args),
+        Command::Train(args) => train::run(*args),
         Command::Check(args) => check::run(args),
         Command::Run(args) => run::run(args),
         Command::Init(args) => init::run(args),
