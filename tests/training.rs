@@ -1,0 +1,415 @@
+//! Training as a user sees it: it learns, it is reproducible bit for bit, it survives being
+//! stopped and killed, and it refuses what it cannot continue from.
+//!
+//! A network of one block per stage on coloured rectangles of 64x48 keeps each run around a
+//! second; everything but the amount of work is as in a real run.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use fpenet::backend::DeviceChoice;
+use fpenet::data::DatasetKind;
+use fpenet::model::Model;
+use fpenet::train::{
+    Checkpoint, EpochRecord, Observer, Outcome, Request, RunState, StepReport, train,
+};
+use image::{GrayImage, Luma, Rgb, RgbImage};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tempfile::TempDir;
+
+const WIDTH: u32 = 64;
+const HEIGHT: u32 = 48;
+const EPOCHS: usize = 8;
+/// 10 images in batches of 4: 2 updates, and 2 images left over each epoch.
+const STEPS: u64 = 2 * EPOCHS as u64;
+
+/// A folder in CamVid's layout: rectangles of the colours of three classes on a road-coloured
+/// ground, with noise, and a void border.
+fn dataset() -> &'static Path {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        write_split(folder.path(), "train", 10, 1);
+        write_split(folder.path(), "val", 3, 2);
+        folder
+    });
+    folder.path()
+}
+
+fn write_split(root: &Path, split: &str, count: usize, seed: u64) {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let classes: [(u8, [u8; 3]); 4] =
+        [(3, [90, 60, 90]), (0, [230, 230, 250]), (8, [40, 20, 180]), (5, [50, 160, 40])];
+    let annotations = format!("{split}annot");
+    fs::create_dir_all(root.join(split)).unwrap();
+    fs::create_dir_all(root.join(&annotations)).unwrap();
+    for i in 0..count {
+        let mut labels = GrayImage::from_pixel(WIDTH, HEIGHT, Luma([3]));
+        for _ in 0..4 {
+            let (class, _) = classes[rng.random_range(1..classes.len())];
+            let (x, y) = (rng.random_range(0..WIDTH - 20), rng.random_range(0..HEIGHT - 16));
+            let (w, h) = (rng.random_range(10..20), rng.random_range(8..16));
+            for (dx, dy) in (0..w).flat_map(|dx| (0..h).map(move |dy| (dx, dy))) {
+                labels.put_pixel(x + dx, y + dy, Luma([class]));
+            }
+        }
+        let image = RgbImage::from_fn(WIDTH, HEIGHT, |x, y| {
+            let class = labels.get_pixel(x, y).0[0];
+            let (_, colour) = classes.iter().find(|(c, _)| *c == class).unwrap();
+            Rgb(colour.map(|v| v.saturating_add(rng.random_range(0..20))))
+        });
+        for x in 0..WIDTH {
+            labels.put_pixel(x, 0, Luma([11]));
+        }
+        image.save(root.join(split).join(format!("{i:04}.png"))).unwrap();
+        labels.save(root.join(&annotations).join(format!("{i:04}.png"))).unwrap();
+    }
+}
+
+/// A small request; the learning rate is high because there are few updates.
+fn request(out: &Path) -> Request {
+    let mut request = Request::new(dataset(), out);
+    request.dataset = Some(DatasetKind::Camvid);
+    request.epochs = Some(EPOCHS);
+    request.batch = Some(4);
+    request.lr = Some(1e-2);
+    request.seed = Some(7);
+    request.size = Some((WIDTH as usize, HEIGHT as usize));
+    request.val_every = Some(3);
+    request.config.insert("p".into(), 1.into());
+    request.config.insert("q".into(), 1.into());
+    request.runtime.device = DeviceChoice::Cpu;
+    request.runtime.threads = Some(1);
+    request
+}
+
+/// The shortest command line, to resume with.
+fn bare_command(out: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fpenet"));
+    command.arg("train").arg("--data").arg(dataset()).arg("--out").arg(out);
+    command.args(["--device", "cpu", "--threads", "1"]);
+    command
+}
+
+/// [`request`] as a command line, with the default number of epochs.
+fn command(out: &Path) -> Command {
+    let mut command = bare_command(out);
+    let size = format!("{WIDTH}x{HEIGHT}");
+    command.args(["--dataset", "camvid", "--batch", "4", "--lr", "0.01", "--seed", "7"]);
+    command.args(["--size", &size, "--p", "1", "--q", "1"]);
+    command
+}
+
+fn run(request: &Request) -> Outcome {
+    train(request, &AtomicBool::new(false), &mut ()).unwrap()
+}
+
+/// An uninterrupted run that others are compared with.
+fn reference() -> &'static Path {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(run(&request(folder.path())).finished);
+        folder
+    });
+    folder.path()
+}
+
+/// All state that decides how training would go on, bit for bit: timings are left out.
+#[derive(PartialEq)]
+struct Bits {
+    params: Vec<u32>,
+    moments: [Vec<u32>; 2],
+    step: u64,
+    /// Epoch, loss, mIoU.
+    figures: Vec<(usize, u64, Option<u64>)>,
+}
+
+fn bits(run: &Path) -> Bits {
+    let c = Checkpoint::load(&run.join("checkpoint.safetensors")).unwrap();
+    let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let figures = |r: &EpochRecord| {
+        (r.epoch, r.loss.to_bits(), r.validation.as_ref().map(|v| v.miou.to_bits()))
+    };
+    Bits {
+        params: bits(&c.params.values),
+        moments: [bits(&c.moment1), bits(&c.moment2)],
+        step: c.state.step,
+        figures: c.state.history.iter().map(figures).collect(),
+    }
+}
+
+fn weights(file: PathBuf) -> Vec<u32> {
+    Model::load(&file).unwrap().params.values.iter().map(|v| v.to_bits()).collect()
+}
+
+fn assert_same_run(a: &Path, b: &Path) {
+    assert!(bits(a) == bits(b), "checkpoints of {} and {} differ", a.display(), b.display());
+    for file in ["last.safetensors", "best.safetensors"] {
+        assert!(weights(a.join(file)) == weights(b.join(file)), "{file} differs");
+    }
+}
+
+/// Lines of log.csv by epoch; fails on a repeated one.
+fn log_epochs(run: &Path) -> Vec<usize> {
+    let text = fs::read_to_string(run.join("log.csv")).unwrap();
+    text.lines().skip(1).map(|l| l.split(',').next().unwrap().parse().unwrap()).collect()
+}
+
+#[test]
+fn the_loss_falls_and_the_run_leaves_its_files() {
+    let run = reference();
+    let c = Checkpoint::load(&run.join("checkpoint.safetensors")).unwrap();
+    let history = &c.state.history;
+    assert_eq!(history.len(), EPOCHS);
+    assert_eq!(c.state.step, STEPS);
+    let (first, last) = (history[0].loss, history[EPOCHS - 1].loss);
+    // Guessing gives ln 11 = 2.4; telling four plain colours apart is easy.
+    assert!(last < 0.6 * first, "loss {first} -> {last}");
+
+    // Validated every third epoch and after the last.
+    let validated: Vec<usize> =
+        history.iter().filter(|r| r.validation.is_some()).map(|r| r.epoch).collect();
+    assert_eq!(validated, [3, 6, 8]);
+    let best = history.iter().filter_map(|r| r.validation.as_ref()).map(|v| v.miou);
+    assert_eq!(c.state.best.unwrap().1, best.fold(0.0, f64::max));
+
+    assert_eq!(log_epochs(run), (1..=EPOCHS).collect::<Vec<_>>());
+    image::open(run.join("plot.png")).unwrap();
+    let model = Model::load(&run.join("last.safetensors")).unwrap();
+    assert_eq!(model.classes.len(), 11);
+    assert_eq!(model.train_size, Some((WIDTH as usize, HEIGHT as usize)));
+    assert_eq!(model.mean, c.state.mean);
+    let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&model.params.values), bits(&c.params.values));
+    assert!(
+        fs::read_dir(run)
+            .unwrap()
+            .all(|f| { !f.unwrap().file_name().to_string_lossy().ends_with(".partial") })
+    );
+}
+
+#[test]
+fn the_mean_of_the_images_is_what_the_network_subtracts() {
+    let state = Checkpoint::load(&reference().join("checkpoint.safetensors")).unwrap().state;
+    let (mut sum, mut count) = ([0.0f64; 3], 0.0);
+    for i in 0..10 {
+        let image = image::open(dataset().join(format!("train/{i:04}.png"))).unwrap().to_rgb8();
+        for p in image.pixels() {
+            (0..3).for_each(|c| sum[c] += f64::from(p.0[c]) / 255.0);
+            count += 1.0;
+        }
+    }
+    for (mean, sum) in state.mean.iter().zip(sum) {
+        // f32 holds seven digits.
+        assert!((f64::from(*mean) - sum / count).abs() < 1e-6, "{mean}, not {}", sum / count);
+    }
+    assert!(state.std.iter().all(|s| (0.05..0.5).contains(s)), "{:?}", state.std);
+}
+
+#[test]
+fn the_same_seed_gives_the_same_weights_and_another_seed_does_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut again = request(&folder.path().join("again"));
+    again.runtime.workers = Some(3);
+    run(&again);
+    assert_same_run(reference(), &again.out);
+
+    let mut other = request(&folder.path().join("other"));
+    other.seed = Some(8);
+    run(&other);
+    let file = "last.safetensors";
+    assert!(weights(reference().join(file)) != weights(other.out.join(file)));
+}
+
+#[test]
+fn validation_does_not_change_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut without = request(folder.path());
+    without.val_split = Some("none".into());
+    let outcome = run(&without);
+    assert_eq!(outcome.best, None);
+    let file = "last.safetensors";
+    assert!(weights(reference().join(file)) == weights(without.out.join(file)));
+}
+
+/// Stops after given updates, counted from the start of the run.
+struct StopAt<'a> {
+    steps: &'a [u64],
+    stop: &'a AtomicBool,
+}
+
+impl Observer for StopAt<'_> {
+    fn step(&mut self, report: &StepReport) {
+        if self.steps.contains(&report.step) {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+#[test]
+fn a_run_stopped_within_and_between_epochs_continues_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path());
+    // Updates 1 and 7 are within an epoch of two, 4 ends one.
+    let mut sessions = 0;
+    loop {
+        let stop = AtomicBool::new(false);
+        let mut observer = StopAt { steps: &[1, 4, 7], stop: &stop };
+        let outcome = train(&request, &stop, &mut observer).unwrap();
+        sessions += 1;
+        if outcome.finished {
+            break;
+        }
+        // As a user would: without repeating the options.
+        let runtime = request.runtime.clone();
+        request = Request::new(dataset(), folder.path());
+        request.runtime = runtime;
+        request.resume = true;
+    }
+    assert_eq!(sessions, 4);
+    assert_same_run(reference(), folder.path());
+    assert_eq!(log_epochs(folder.path()), (1..=EPOCHS).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_killed_run_continues_bit_for_bit() {
+    const LONG: usize = 40;
+    let folder = tempfile::tempdir().unwrap();
+    let (killed, whole) = (folder.path().join("killed"), folder.path().join("whole"));
+    let options = ["--epochs", "40", "--val-every", "10", "--checkpoint-every", "1"];
+    let start = |resume: bool| {
+        let mut command = command(&killed);
+        command.args(options).args(resume.then_some("--resume"));
+        command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let checkpoint = killed.join("checkpoint.safetensors");
+    let state = || Checkpoint::load(&checkpoint).ok().map(|c| c.state);
+    // Kill once within an epoch, and once wherever the next session happens to be.
+    let conditions: [fn(&RunState) -> bool; 2] =
+        [|s| s.epoch >= 1 && s.batch == 1, |s| s.epoch >= 12];
+    for (i, reached) in conditions.into_iter().enumerate() {
+        let mut child = start(i > 0);
+        let begun = Instant::now();
+        while !state().is_some_and(|s| reached(&s)) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "no progress");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        child.kill().unwrap(); // SIGKILL
+        assert!(!child.wait().unwrap().success(), "finished before it was killed");
+    }
+    assert!(state().unwrap().epoch < LONG);
+    assert!(start(true).wait().unwrap().success());
+
+    assert!(command(&whole).args(options).output().unwrap().status.success());
+    assert_same_run(&killed, &whole);
+    assert_eq!(log_epochs(&killed), (1..=LONG).collect::<Vec<_>>());
+}
+
+#[test]
+fn damaged_checkpoints_are_named_and_left_alone() {
+    let good = fs::read(reference().join("checkpoint.safetensors")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint.safetensors");
+    let mut flipped = good.clone();
+    let middle = flipped.len() - flipped.len() / 3;
+    flipped[middle] ^= 0x10;
+    let cases: HashMap<&str, Vec<u8>> = HashMap::from([
+        ("empty", Vec::new()),
+        ("truncated", good[..good.len() / 2].to_vec()),
+        ("one byte short", good[..good.len() - 1].to_vec()),
+        ("a flipped bit", flipped),
+        ("a text", b"epoch,step\n1,2\n".to_vec()),
+        ("a model", fs::read(reference().join("last.safetensors")).unwrap()),
+    ]);
+    for (case, bytes) in cases {
+        fs::write(&path, &bytes).unwrap();
+        let output = bare_command(folder.path()).arg("--resume").output().unwrap();
+        let words = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{case}: {words}");
+        assert!(words.contains("checkpoint.safetensors"), "{case}: {words}");
+        assert_eq!(words.lines().count(), 1, "{case}: {words}");
+        assert_eq!(fs::read(&path).unwrap(), bytes, "{case}");
+    }
+}
+
+#[test]
+fn a_run_is_neither_overwritten_nor_resumed_with_other_settings() {
+    let before = fs::read(reference().join("checkpoint.safetensors")).unwrap();
+    let cases: [(&[&str], &str); 4] = [
+        (&[], "--resume"),
+        (&["--resume", "--lr", "0.001"], "--lr"),
+        (&["--resume", "--q", "2"], "config q"),
+        (&["--resume", "--no-flip"], "--no-flip"),
+    ];
+    for (options, named) in cases {
+        let output = bare_command(reference()).args(options).output().unwrap();
+        let words = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{options:?}: {words}");
+        assert!(words.contains(named), "{options:?}: {words}");
+    }
+    assert_eq!(fs::read(reference().join("checkpoint.safetensors")).unwrap(), before);
+}
+
+#[test]
+fn mistakes_are_usage_errors_and_leave_no_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("run");
+    let cases: [(&[&str], &str); 5] = [
+        (&["--classes", "19"], "expected 11"),
+        (&["--resume"], "none"),
+        (&["--epochs", "0"], "--epochs"),
+        (&["--splits", "train,train"], "twice"),
+        (&["--scale", "2,1"], "--scale"),
+    ];
+    for (options, named) in cases {
+        let output = command(&out).args(options).output().unwrap();
+        let words = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{options:?}: {words}");
+        assert!(words.contains(named), "{options:?}: {words}");
+        assert!(!out.exists(), "{options:?} made a run");
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut request = request(folder.path());
+    // The first update makes weights of this size, which the second forward pass overflows.
+    request.lr = Some(1e37);
+    request.runtime.checkpoint_steps = Some(1);
+    let error = train(&request, &AtomicBool::new(false), &mut ()).unwrap_err();
+    assert_eq!(error.exit_code(), 1);
+    let words = error.to_string();
+    assert!(words.contains("epoch 1 step") && words.contains("--lr"), "{words}");
+    let kept = folder.path().join("checkpoint.safetensors");
+    if kept.exists() {
+        Checkpoint::load(&kept).unwrap().params.check_finite().unwrap();
+    }
+}
+
+#[test]
+fn a_model_file_can_be_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut tuned = Request::new(dataset(), folder.path());
+    tuned.runtime = request(folder.path()).runtime;
+    tuned.init_from = Some(reference().join("last.safetensors"));
+    tuned.epochs = Some(1);
+    tuned.batch = Some(4);
+    tuned.lr = Some(1e-4);
+    tuned.size = Some((WIDTH as usize, HEIGHT as usize));
+    run(&tuned);
+    let before = Checkpoint::load(&reference().join("checkpoint.safetensors")).unwrap().state;
+    let after = Checkpoint::load(&folder.path().join("checkpoint.safetensors")).unwrap().state;
+    assert_eq!(after.protocol.config, before.protocol.config);
+    assert_eq!(after.mean, before.mean);
+    // It goes on from where the other run ended rather than from guessing.
+    let (first, last) = (before.history[0].loss, before.history[EPOCHS - 1].loss);
+    assert!(after.history[0].loss < (first + last) / 2.0);
+}
