@@ -109,7 +109,7 @@ impl Cascade {
                     let padded = self.padded(x.shape(), branch);
                     let before = (self.addition && branch > 0)
                         .then(|| y.as_view().plane(n, self.channel(branch - 1, chain)));
-                    padded.clear(copy);
+                    padded.clear_border(copy);
                     padded.fill(isa, x.plane(n, c), before, copy);
                     // One task per chain; x of this branch has been copied, so y may overwrite it.
                     let y = unsafe { y.plane_mut(n, c) };
@@ -169,7 +169,7 @@ impl Cascade {
                     let c = self.channel(branch, chain);
                     let padded = self.padded(x.shape(), branch);
                     let w = &weights[branch][9 * chain..][..9];
-                    padded.clear(copy);
+                    padded.clear_border(copy);
                     for n in 0..batch {
                         self.fill_input(isa, x, y.as_view(), n, branch, chain, copy);
                         // One task per chain.
@@ -261,7 +261,7 @@ impl Cascade {
 
                 let padded = self.padded(input, branch);
                 let mut dw = [0.0f64; 9];
-                padded.clear(copy);
+                padded.clear_border(copy);
                 for n in 0..batch {
                     self.fill_input(isa, io.x, io.y, n, branch, chain, copy);
                     padded.weight_gradient(isa, copy, &du[n * coarse..][..coarse], &mut dw);
@@ -271,7 +271,7 @@ impl Cascade {
                 let w = &io.weights[branch][9 * chain..][..9];
                 let flipped: [f32; 9] = std::array::from_fn(|t| w[8 - t]);
                 let transposed = Padded::new(input.h, input.w, self.dilations[branch], 1);
-                transposed.clear(copy);
+                transposed.clear_border(copy);
                 for n in 0..batch {
                     let du = &du[n * coarse..][..coarse];
                     let du = if self.stride == 1 { du } else { spread_out(du, input, spread) };

@@ -58,7 +58,7 @@ struct Neighbourhoods<'a> {
 }
 
 impl TileSource for Neighbourhoods<'_> {
-    fn pack(&self, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
+    fn pack(&self, _isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
         let k = 9 * self.x.shape().c;
         for row in 0..k {
             let (channel, dy, dx) = (row / 9, row % 9 / 3, row % 3);
@@ -133,7 +133,7 @@ impl Conv3x3 {
             let count = GRADIENT_CHUNK.min(pixels - start);
             let source = Neighbourhoods { x, image, stride: self.stride, out_w: dy.shape().w };
             with_scratch(k * count, |rows| {
-                source.pack(start, count, count, rows);
+                source.pack(isa, start, count, count, rows);
                 unsafe {
                     let a = dy.image(image).add(start);
                     let (out, stride) = (self.out_channels, dy.plane_stride());

@@ -42,31 +42,57 @@ impl Padded {
         (self.h.div_ceil(self.stride), self.w.div_ceil(self.stride))
     }
 
-    /// Zeroes the whole copy, borders included: once per use of the memory, since filling
-    /// writes the interior only.
-    pub fn clear(&self, copy: &mut [f32]) {
-        copy[..self.len()].fill(0.0);
+    /// Zeroes the border, and the slack behind the rows: once per use of the memory, since
+    /// filling writes the interior only.
+    pub fn clear_border(&self, copy: &mut [f32]) {
+        let (d, pitch) = (self.dilation, self.pitch);
+        let copy = &mut copy[..self.len()];
+        let interior = d * pitch..(d + self.h) * pitch;
+        copy[..interior.start].fill(0.0);
+        copy[interior.end..].fill(0.0);
+        for row in copy[interior].chunks_exact_mut(pitch) {
+            if self.stride == 1 {
+                row[..d].fill(0.0);
+                row[d + self.w..].fill(0.0);
+            } else {
+                // What the interior covers of the even and of the odd columns.
+                let (even, odd) = row.split_at_mut(self.odd);
+                let end = d + self.w;
+                for (phase, first, last) in
+                    [(even, d.div_ceil(2), end.div_ceil(2)), (odd, d / 2, end / 2)]
+                {
+                    phase[..first].fill(0.0);
+                    phase[last..].fill(0.0);
+                }
+            }
+        }
     }
 
     /// Fills the interior with x, or with x + y.
     pub fn fill(&self, isa: Isa, x: &[f32], y: Option<&[f32]>, copy: &mut [f32]) {
-        assert!(copy.len() >= self.len() && x.len() == self.h * self.w);
+        let plane = self.h * self.w;
+        assert!(copy.len() >= self.len() && x.len() == plane);
+        assert!(y.is_none_or(|y| y.len() == plane));
+        if self.stride == 1 {
+            let y = y.map_or(std::ptr::null(), <[f32]>::as_ptr);
+            let copy = copy.as_mut_ptr();
+            return unsafe { isa.run(FillRows { geometry: self, x: x.as_ptr(), y, copy }) };
+        }
+        assert!(y.is_none(), "strided branches are not added to");
         let (d, w) = (self.dilation, self.w);
-        for row in 0..self.h {
-            let source = &x[row * w..][..w];
-            let other = y.map(|y| &y[row * w..][..w]);
-            let target = &mut copy[(row + d) * self.pitch..][..self.pitch];
-            if self.stride == 1 {
-                match other {
-                    Some(other) => super::planes::add(isa, source, other, &mut target[d..][..w]),
-                    None => target[d..][..w].copy_from_slice(source),
-                }
-            } else {
-                for (col, &v) in source.iter().enumerate() {
-                    let column = col + d;
-                    let at = column / 2 + (column & 1) * self.odd;
-                    target[at] = v + other.map_or(0.0, |o| o[col]);
-                }
+        for (row, source) in x.chunks_exact(w).enumerate() {
+            // Even columns go to the phase of d's parity, odd ones to the other.
+            let (even, odd) = copy[(row + d) * self.pitch..][..self.pitch].split_at_mut(self.odd);
+            let (first, second) = if d % 2 == 0 { (even, odd) } else { (odd, even) };
+            let (first, second) = (&mut first[d / 2..], &mut second[d.div_ceil(2)..]);
+            for ((pair, a), b) in
+                source.chunks_exact(2).zip(first.iter_mut()).zip(second.iter_mut())
+            {
+                *a = pair[0];
+                *b = pair[1];
+            }
+            if w % 2 == 1 {
+                first[w / 2] = source[w - 1];
             }
         }
     }
@@ -130,6 +156,44 @@ impl Padded {
         let (oh, ow) = self.output();
         assert!(copy.len() >= self.len() && du.len() == oh * ow);
         unsafe { isa.run(WeightGradient { geometry: self, copy: copy.as_ptr(), du, dw }) }
+    }
+}
+
+/// Copies rows, or sums of rows, into the interior (stride 1).
+struct FillRows<'a> {
+    geometry: &'a Padded,
+    x: *const f32,
+    y: *const f32,
+    copy: *mut f32,
+}
+
+impl Kernel for FillRows<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (d, w, pitch) = (self.geometry.dilation, self.geometry.w, self.geometry.pitch);
+        for row in 0..self.geometry.h {
+            unsafe {
+                let target = self.copy.add((row + d) * pitch + d);
+                let mut col = 0;
+                while col < w {
+                    let lanes = (w - col).min(S::LANES);
+                    let at = row * w + col;
+                    let load = |p: *const f32| {
+                        if lanes == S::LANES { S::load(p) } else { S::load_first(p, lanes) }
+                    };
+                    let mut v = load(self.x.add(at));
+                    if !self.y.is_null() {
+                        v = v.add(load(self.y.add(at)));
+                    }
+                    if lanes == S::LANES {
+                        v.store(target.add(col));
+                    } else {
+                        v.store_first(target.add(col), lanes);
+                    }
+                    col += S::LANES;
+                }
+            }
+        }
     }
 }
 

@@ -52,7 +52,7 @@ impl PackedWeights {
 /// Fills the packed tile: K rows of `TILE` pixels from pixel `start`, as strips of `nr`.
 pub trait TileSource: Sync {
     /// Writes `packed[(strip * k + row) * nr ..][..nr]`; pixels past the end must be finite.
-    fn pack(&self, start: usize, count: usize, nr: usize, packed: &mut [f32]);
+    fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]);
 }
 
 /// K planes at a fixed stride.
@@ -68,15 +68,43 @@ pub struct Planes {
 unsafe impl Sync for Planes {}
 
 impl TileSource for Planes {
-    fn pack(&self, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
-        for row in 0..self.k {
-            let source = unsafe {
-                std::slice::from_raw_parts(self.base.add(row * self.stride + start), count)
-            };
-            for (strip, pixels) in source.chunks(nr).enumerate() {
-                let target = &mut packed[(strip * self.k + row) * nr..][..nr];
-                target[..pixels.len()].copy_from_slice(pixels);
-                target[pixels.len()..].fill(0.0);
+    fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
+        assert!(packed.len() >= count.div_ceil(nr) * nr * self.k);
+        let base = unsafe { self.base.add(start) };
+        unsafe {
+            isa.run(PackPlanes { planes: self, base, count, nr, packed: packed.as_mut_ptr() })
+        }
+    }
+}
+
+struct PackPlanes<'a> {
+    planes: &'a Planes,
+    base: *const f32,
+    count: usize,
+    nr: usize,
+    packed: *mut f32,
+}
+
+impl Kernel for PackPlanes<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (k, nr) = (self.planes.k, self.nr);
+        for row in 0..k {
+            unsafe {
+                let source = self.base.add(row * self.planes.stride);
+                let mut at = 0;
+                while at < self.count {
+                    let lanes = (self.count - at).min(S::LANES);
+                    let p = source.add(at);
+                    let v = if lanes == S::LANES { S::load(p) } else { S::load_first(p, lanes) };
+                    v.store(self.packed.add((at / nr * k + row) * nr + at % nr));
+                    at += S::LANES;
+                }
+                // The rest of the last strip, where its vectors hold no pixel at all.
+                while at % nr != 0 {
+                    S::zero().store(self.packed.add((at / nr * k + row) * nr + at % nr));
+                    at += S::LANES;
+                }
             }
         }
     }
@@ -134,7 +162,7 @@ pub unsafe fn gemm_tile(
         Isa::Avx2 | Isa::Portable => 16,
     };
     with_scratch(w.k * TILE, |packed| {
-        x.pack(start, count, nr, packed);
+        x.pack(isa, start, count, nr, packed);
         let kernel = TileKernel { w, x: packed.as_ptr(), start, count, epilogue };
         unsafe { isa.run(kernel) }
     });
