@@ -8,6 +8,7 @@ pub mod config;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod evaluate;
 pub mod exec;
 pub mod files;
 pub mod font;
