@@ -7,20 +7,7 @@ use std::path::Path;
 use super::{LabelEncoding, Sample, entries, stem};
 use crate::error::{Error, Result};
 
-/// Class names and colours by train id, as in the paper's Table 8.
-pub const CLASSES: [(&str, [u8; 3]); 11] = [
-    ("Sky", [128, 128, 128]),
-    ("Building", [128, 0, 0]),
-    ("Pole", [192, 192, 128]),
-    ("Road", [128, 64, 128]),
-    ("Pavement", [60, 40, 222]),
-    ("Tree", [128, 128, 0]),
-    ("SignSymbol", [192, 128, 128]),
-    ("Fence", [64, 64, 128]),
-    ("Car", [64, 0, 128]),
-    ("Pedestrian", [64, 64, 0]),
-    ("Bicyclist", [0, 128, 192]),
-];
+pub use crate::model::classes::CAMVID as CLASSES;
 
 const IMAGE_EXTENSIONS: [&str; 3] = ["png", "jpg", "jpeg"];
 

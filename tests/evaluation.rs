@@ -1,0 +1,125 @@
+//! Evaluation of a model over a split, against the same computation by hand.
+
+use fpenet::backend::Backend;
+use fpenet::config::{Decoder, ModelConfig};
+use fpenet::data::{Dataset, DatasetKind, VOID};
+use fpenet::device::{self, DeviceChoice, Precision};
+use fpenet::evaluate::evaluate;
+use fpenet::exec::Inference;
+use fpenet::graph::Mode;
+use fpenet::metrics::Confusion;
+use fpenet::model::Model;
+use image::{GrayImage, Luma, Rgb, RgbImage};
+use tempfile::TempDir;
+
+fn model(classes: usize) -> Model {
+    let config =
+        ModelConfig { classes, p: 1, q: 1, decoder: Decoder::Bilinear, ..ModelConfig::default() };
+    Model::init(config, 3).unwrap()
+}
+
+fn cpu() -> fpenet::Result<Box<dyn Backend>> {
+    device::open(DeviceChoice::Cpu, Precision::F32, Some(1))
+}
+
+fn image(seed: u32, w: u32, h: u32) -> RgbImage {
+    RgbImage::from_fn(w, h, |x, y| {
+        let v = |k: u32| ((x * (3 + k) + y * (5 + seed) + 40 * seed) % 256) as u8;
+        Rgb([v(0), v(1), v(2)])
+    })
+}
+
+/// A CamVid split with one sample per size.
+fn camvid(sizes: &[(u32, u32)], label: impl Fn(u32, u32) -> u8) -> (TempDir, Dataset) {
+    let root = tempfile::tempdir().unwrap();
+    for dir in ["val", "valannot"] {
+        std::fs::create_dir(root.path().join(dir)).unwrap();
+    }
+    for (i, &(w, h)) in sizes.iter().enumerate() {
+        image(i as u32, w, h).save(root.path().join(format!("val/{i}.png"))).unwrap();
+        GrayImage::from_fn(w, h, |x, y| Luma([label(x, y)]))
+            .save(root.path().join(format!("valannot/{i}.png")))
+            .unwrap();
+    }
+    let data = Dataset::open(DatasetKind::Camvid, root.path(), &["val".to_string()]).unwrap();
+    (root, data)
+}
+
+fn stripes(x: u32, y: u32) -> u8 {
+    ((x / 4 + y / 3) % 12) as u8
+}
+
+/// Network input by the definition, ((v / 255) - mean) / std, NCHW.
+fn normalised(model: &Model, image: &RgbImage) -> Vec<f32> {
+    let value = |c: usize, v: u8| (f32::from(v) / 255.0 - model.mean[c]) / model.std[c];
+    (0..3).flat_map(|c| image.pixels().map(move |p| value(c, p[c]))).collect()
+}
+
+#[test]
+fn figures_are_those_of_running_each_image_by_hand() {
+    let model = model(11);
+    // Two sizes, so that the network has to be planned again in between.
+    let sizes = [(48, 32), (48, 32), (40, 36)];
+    let (_root, data) = camvid(&sizes, stripes);
+    let mut seen = Vec::new();
+    let got = evaluate(&model, &data, None, &mut cpu, &mut |done, _| seen.push(done)).unwrap();
+    assert_eq!((got.images, seen), (3, vec![1, 2, 3]));
+
+    let mut expected = Confusion::new(11);
+    for (i, &(w, h)) in sizes.iter().enumerate() {
+        let (width, height) = (w as usize, h as usize);
+        let mut inference =
+            Inference::new(&model, cpu().unwrap(), 1, height, width, Mode::Logits).unwrap();
+        inference.run(&normalised(&model, &image(i as u32, w, h))).unwrap();
+        let logits = inference.logits().unwrap();
+        let plane = width * height;
+        let best = |p: usize| {
+            (0..11)
+                .fold(0, |b, c| if logits[c * plane + p] > logits[b * plane + p] { c } else { b })
+        };
+        let prediction: Vec<u8> = (0..plane).map(|p| best(p) as u8).collect();
+        let truth: Vec<u8> = (0..plane)
+            .map(|p| stripes((p % width) as u32, (p / width) as u32))
+            .map(|v| if v == 11 { VOID } else { v })
+            .collect();
+        expected.add(&prediction, &truth).unwrap();
+    }
+    assert_eq!(got.confusion.total(), expected.total());
+    // Labels are taken on the device without ever forming the logits: rounding may turn a tie.
+    assert!((got.confusion.miou() - expected.miou()).abs() < 1e-3);
+    assert!((got.confusion.global_accuracy() - expected.global_accuracy()).abs() < 1e-3);
+}
+
+#[test]
+fn another_network_size_still_counts_every_labelled_pixel() {
+    let (_root, data) = camvid(&[(60, 44)], stripes);
+    let labelled = (0..60 * 44).filter(|i| stripes(i % 60, i / 60) != 11).count() as u64;
+    for size in [(32, 24), (60, 44), (96, 80)] {
+        let got = evaluate(&model(11), &data, Some(size), &mut cpu, &mut |_, _| ()).unwrap();
+        assert_eq!((got.confusion.total(), got.size), (labelled, size));
+    }
+}
+
+#[test]
+fn a_model_of_another_number_of_classes_is_wrong_usage() {
+    let (root, data) = camvid(&[(48, 32)], stripes);
+    let error = evaluate(&model(19), &data, None, &mut cpu, &mut |_, _| ()).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    let message = error.to_string();
+    for word in ["11", "19", "CamVid", root.path().to_str().unwrap()] {
+        assert!(message.contains(word), "{message}");
+    }
+}
+
+#[test]
+fn a_bad_sample_or_a_split_of_void_is_an_error_that_names_it() {
+    let (root, data) = camvid(&[(48, 32), (48, 32), (48, 32)], stripes);
+    std::fs::write(root.path().join("val/1.png"), b"cut").unwrap();
+    let error = evaluate(&model(11), &data, None, &mut cpu, &mut |_, _| ()).unwrap_err();
+    assert!(error.to_string().contains("val/1.png"), "{error}");
+
+    let (root, data) = camvid(&[(48, 32)], |_, _| 11);
+    let error = evaluate(&model(11), &data, None, &mut cpu, &mut |_, _| ()).unwrap_err();
+    assert!(error.to_string().contains(root.path().to_str().unwrap()), "{error}");
+    assert!(error.to_string().contains("only void"), "{error}");
+}
