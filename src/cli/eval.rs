@@ -1,27 +1,43 @@
 //! `fpenet eval`: figures of a model on a data set.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use fpenet::data::DatasetKind;
+use fpenet::data::{Dataset, DatasetKind};
+use fpenet::evaluate::{Evaluation, evaluate};
+use fpenet::model::Model;
+use fpenet::{Error, files};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
 
-use super::args::DeviceArgs;
+use super::args::{DeviceArgs, Size};
+use crate::say;
 
 /// Options of `fpenet eval`.
 #[derive(clap::Args)]
+#[command(after_help = "\
+    CamVid is expected as DIR/SPLIT/*.png with DIR/SPLITannot/*.png (and DIR/SPLIT.txt, a list of \
+    names, if there is one), Cityscapes as DIR/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with \
+    DIR/gtFine/SPLIT/CITY/*_gtFine_labelIds.png or *_labelTrainIds.png.\n\n\
+    Predictions are compared with the labels at the labels' full size; where the network runs at \
+    another, its logits are resized bilinearly. mIoU is the mean over the classes that occur in \
+    the labels or the predictions; void counts nowhere.")]
 pub struct Args {
     /// Root folder of the data set
     #[arg(long, value_name = "DIR")]
     pub data: PathBuf,
-    /// Split to measure on
-    #[arg(long, default_value = "val")]
-    pub split: String,
+    /// Split to measure on; several may be joined by commas
+    #[arg(long, value_name = "SPLIT", default_value = "val", value_delimiter = ',')]
+    pub split: Vec<String>,
     /// Layout of the data set [default: told from the folder]
     #[arg(long, value_enum)]
     pub dataset: Option<DatasetKind>,
     /// Model file [default: the bundled CamVid weights]
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
+    /// Size at which the network runs [default: the images', half of it for Cityscapes]
+    #[arg(long, value_name = "WxH")]
+    pub size: Option<Size>,
     /// Write the figures to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -30,6 +46,93 @@ pub struct Args {
 }
 
 /// Runs the command.
-pub fn run(_args: Args) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("eval: this build does not hold the command yet")
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    if let Some(path) = &args.json {
+        files::check_writable(path)?;
+    }
+    let model = match &args.model {
+        Some(path) => Model::load(path)?,
+        None => return Err(Error::Usage("eval: name a model with --model FILE".into()).into()),
+    };
+    let kind = match args.dataset {
+        Some(kind) => kind,
+        None => DatasetKind::detect(&args.data)?,
+    };
+    let dataset = Dataset::open(kind, &args.data, &args.split)?;
+    let size = args.size.map(|size| (size.width, size.height));
+
+    let bar = ProgressBar::new(dataset.len() as u64);
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} images, {msg}, {eta} left")?;
+    bar.set_style(style);
+    let evaluation =
+        evaluate(&model, &dataset, size, &mut || args.device.open(), &mut |done, confusion| {
+            bar.set_message(format!("mIoU {:.1} %", 100.0 * confusion.miou()));
+            bar.set_position(done as u64);
+        });
+    bar.finish_and_clear();
+    let evaluation = evaluation?;
+
+    print(&args, &dataset, &evaluation)?;
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&figures(&dataset, &evaluation))?;
+        files::write_atomic(path, |out| writeln!(out, "{text}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(args: &Args, dataset: &Dataset, evaluation: &Evaluation) -> std::io::Result<()> {
+    let confusion = &evaluation.confusion;
+    let (splits, root) = (dataset.splits.join(","), dataset.root.display());
+    let model = args.model.as_deref().unwrap_or(Path::new("")).display();
+    let (w, h) = evaluation.size;
+    say!("device   {}", evaluation.device)?;
+    say!("model    {model}")?;
+    say!("data     {} {splits} in {root}, network at {w}x{h}", dataset.kind)?;
+    say!("")?;
+    let width = dataset.classes.iter().map(|c| c.chars().count()).max().unwrap_or(0).max(15);
+    say!("{:width$}  {:>6}  {:>8}", "class", "IoU %", "pixels %")?;
+    for (class, iou) in confusion.per_class_iou().into_iter().enumerate() {
+        let pixels: u64 = (0..confusion.classes()).map(|p| confusion.count(class, p)).sum();
+        let share = 100.0 * pixels as f64 / confusion.total() as f64;
+        let iou = if iou.is_nan() { "absent".into() } else { format!("{:.2}", 100.0 * iou) };
+        say!("{:width$}  {iou:>6}  {share:>8.2}", dataset.classes[class])?;
+    }
+    say!("")?;
+    say!("{:width$}  {:>6.2}", "mIoU", 100.0 * confusion.miou())?;
+    say!("{:width$}  {:>6.2}", "global accuracy", 100.0 * confusion.global_accuracy())?;
+    let seconds = evaluation.elapsed.as_secs_f64();
+    let images = evaluation.images as f64;
+    say!(
+        "{} images in {seconds:.1} s, {:.1} ms each in the network",
+        evaluation.images,
+        1e3 * evaluation.inference.as_secs_f64() / images
+    )
+}
+
+/// The figures as JSON: fractions from 0 to 1, `null` for a class that occurs nowhere.
+fn figures(dataset: &Dataset, evaluation: &Evaluation) -> Value {
+    let confusion = &evaluation.confusion;
+    let classes = confusion.classes();
+    let iou: Map<String, Value> = dataset
+        .classes
+        .iter()
+        .zip(confusion.per_class_iou())
+        .map(|(class, iou)| (class.clone(), json!(iou.is_finite().then_some(iou))))
+        .collect();
+    let row = |t: usize| (0..classes).map(|p| confusion.count(t, p)).collect::<Vec<_>>();
+    json!({
+        "miou": confusion.miou(),
+        "global_accuracy": confusion.global_accuracy(),
+        "per_class_iou": iou,
+        "images": evaluation.images,
+        "dataset": dataset.kind.to_string(),
+        "splits": dataset.splits,
+        "classes": dataset.classes,
+        "confusion": (0..classes).map(row).collect::<Vec<_>>(),
+        "network_size": [evaluation.size.0, evaluation.size.1],
+        "device": evaluation.device,
+        "inference_seconds": evaluation.inference.as_secs_f64(),
+        "seconds": evaluation.elapsed.as_secs_f64(),
+        "version": env!("CARGO_PKG_VERSION"),
+    })
 }
