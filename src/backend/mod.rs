@@ -1,6 +1,7 @@
 //! Devices: what executes a [`Plan`]. The CPU backend is the reference for all others.
 
 pub mod cpu;
+pub mod gpu;
 
 pub use crate::device::{DeviceChoice, DeviceReport, Precision, list, open};
 

@@ -1,0 +1,129 @@
+//! What a GPU has to offer for the GPU backend: memory, kernel launches,
+//! matrix products. Two devices implement it: a CUDA GPU, and the emulation on the CPU.
+
+use super::launch::{Command, Gemm, Launch};
+use crate::error::Result;
+
+/// Handle of device memory, valid for the device that gave it out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Buffer(pub u32);
+
+/// A byte address in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// Which memory.
+    pub buffer: Buffer,
+    /// Bytes from its start.
+    pub byte_offset: usize,
+}
+
+impl Place {
+    /// The address `bytes` further on.
+    pub fn offset(self, bytes: usize) -> Place {
+        Place { byte_offset: self.byte_offset + bytes, ..self }
+    }
+}
+
+impl From<Buffer> for Place {
+    fn from(buffer: Buffer) -> Self {
+        Place { buffer, byte_offset: 0 }
+    }
+}
+
+/// Storage type of tensors; arithmetic is in f32 either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    F16,
+}
+
+impl Element {
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            Element::F32 => 4,
+            Element::F16 => 2,
+        }
+    }
+}
+
+/// A device that executes commands in the order given. Commands may return before their work is
+/// done; [`GpuDevice::download`] and [`GpuDevice::synchronize`] wait for it.
+pub trait GpuDevice: Send {
+    /// Device kind as on the command line: `cuda`, `emulated`.
+    fn kind(&self) -> &'static str;
+
+    /// Device in words, for logs and result files.
+    fn describe(&self) -> String;
+
+    /// Most dynamic shared memory that one block may ask for, in bytes (the opt-in limit). Launch
+    /// shapes are chosen by it.
+    fn shared_memory_limit(&self) -> usize;
+
+    /// Reserves memory, aligned to 256 bytes; its contents are undefined. `purpose` ("arena",
+    /// "scratch") is for the error message.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) when out of memory, with needed and free bytes.
+    fn alloc(&mut self, bytes: usize, purpose: &'static str) -> Result<Buffer>;
+
+    /// Gives memory back.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn free(&mut self, buffer: Buffer) -> Result<()>;
+
+    /// Copies host memory in; the slice may be reused on return.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn upload(&mut self, to: Place, bytes: &[u8]) -> Result<()>;
+
+    /// Copies device memory out, after all commands so far.
+    ///
+    /// # Errors
+    /// What the driver says, errors of earlier commands included.
+    fn download(&mut self, from: Place, bytes: &mut [u8]) -> Result<()>;
+
+    /// Fills memory with zero bytes.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn zero(&mut self, at: Place, bytes: usize) -> Result<()>;
+
+    /// Launches a kernel.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel) with the kernel's name.
+    fn launch(&mut self, launch: &Launch) -> Result<()>;
+
+    /// Runs a (batched) matrix product.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel).
+    fn gemm(&mut self, gemm: &Gemm) -> Result<()>;
+
+    /// Runs a list of commands that will be asked for again under the same number until
+    /// [`GpuDevice::forget_sequences`]: a device may record it once and replay it.
+    ///
+    /// # Errors
+    /// Those of the commands.
+    fn submit(&mut self, sequence: u32, commands: &[Command]) -> Result<()> {
+        let _ = sequence;
+        commands.iter().try_for_each(|command| match command {
+            Command::Launch(launch) => self.launch(launch),
+            Command::Gemm(gemm) => self.gemm(gemm),
+        })
+    }
+
+    /// Drops what [`GpuDevice::submit`] has recorded.
+    fn forget_sequences(&mut self) {}
+
+    /// Waits until all commands are done.
+    ///
+    /// # Errors
+    /// Errors of earlier commands.
+    fn synchronize(&mut self) -> Result<()>;
+}
