@@ -287,3 +287,16 @@ fn a_reader_that_goes_away_is_no_error() {
     assert!(child.wait().unwrap().success(), "{stderr}");
     assert_eq!(stderr, "");
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_behind_stdout_is_reported() {
+    use std::process::{Command, Stdio};
+
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("fpenet"));
+    let output = command.arg("summary").stdout(Stdio::from(full)).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.starts_with("error: stdout: cannot write: No space left"), "{stderr}");
+}

@@ -78,7 +78,8 @@ pub fn print_line(line: std::fmt::Arguments) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_fmt(line).and_then(|()| out.write_all(b"\n")) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result,
+        Err(error) => Err(io::Error::new(error.kind(), format!("stdout: cannot write: {error}"))),
+        Ok(()) => Ok(()),
     }
 }
 
