@@ -3,6 +3,8 @@
 //!
 //! Data flows one way: [`config`] -> [`graph`] -> passes -> plan -> [`exec`] -> [`backend`].
 
+#![warn(missing_docs)]
+
 pub mod backend;
 pub mod config;
 pub mod data;

@@ -89,6 +89,7 @@ impl Isa {
 /// # Safety
 /// All functions need a processor with the instruction set; loads and stores need `LANES`
 /// readable or writable elements, without alignment.
+#[allow(clippy::missing_safety_doc)] // one contract for all, above
 pub trait Simd: Copy {
     /// Number of lanes.
     const LANES: usize;
