@@ -1,4 +1,6 @@
-//! Evaluation of a model over a split, against the same computation by hand.
+//! Evaluation of a model over a split, against the same computation by hand, and `fpenet eval`.
+
+use std::path::Path;
 
 use fpenet::backend::Backend;
 use fpenet::config::{Decoder, ModelConfig};
@@ -122,4 +124,80 @@ fn a_bad_sample_or_a_split_of_void_is_an_error_that_names_it() {
     let error = evaluate(&model(11), &data, None, &mut cpu, &mut |_, _| ()).unwrap_err();
     assert!(error.to_string().contains(root.path().to_str().unwrap()), "{error}");
     assert!(error.to_string().contains("only void"), "{error}");
+}
+
+/// `fpenet eval` on one CPU thread; gives exit code, stdout and stderr.
+fn eval(data: &Path, model: &Path, more: &[&str]) -> (i32, String, String) {
+    let output = assert_cmd::cargo::cargo_bin_cmd!("fpenet")
+        .args(["eval", "--device", "cpu", "--threads", "1", "--data"])
+        .arg(data)
+        .arg("--model")
+        .arg(model)
+        .args(more)
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn the_command_prints_a_table_and_writes_the_figures() {
+    let (root, data) = camvid(&[(48, 32), (40, 36)], stripes);
+    let (file, json) = (root.path().join("m.safetensors"), root.path().join("figures.json"));
+    model(11).save(&file).unwrap();
+    let (code, out, err) = eval(root.path(), &file, &["--json", json.to_str().unwrap()]);
+    assert_eq!((code, err.as_str()), (0, ""));
+
+    let expected = evaluate(&model(11), &data, None, &mut cpu, &mut |_, _| ()).unwrap().confusion;
+    let figures: serde_json::Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert_eq!(figures["miou"].as_f64().unwrap(), expected.miou());
+    assert_eq!(figures["global_accuracy"].as_f64().unwrap(), expected.global_accuracy());
+    assert_eq!(figures["images"], 2);
+    for (class, iou) in data.classes.iter().zip(expected.per_class_iou()) {
+        assert_eq!(figures["per_class_iou"][class].as_f64().unwrap(), iou, "{class}");
+        assert!(out.contains(class.as_str()), "no {class} in {out}");
+    }
+    assert!(out.contains(&format!("{:.2}", 100.0 * expected.miou())), "{out}");
+}
+
+#[test]
+fn a_class_that_occurs_nowhere_is_null_in_the_figures() {
+    let (root, _data) = camvid(&[(48, 32)], |_, _| 3);
+    let (file, json) = (root.path().join("m.safetensors"), root.path().join("figures.json"));
+    let mut model = model(11);
+    // A classifier that gives class 3 everywhere, whatever it sees.
+    let bias = model.params.specs.iter().position(|s| s.name == "classifier.bias").unwrap();
+    let bias = model.params.specs[bias].offset;
+    model.params.values[bias + 3] = 1e6;
+    model.save(&file).unwrap();
+    let (code, out, _) = eval(root.path(), &file, &["--json", json.to_str().unwrap()]);
+    assert_eq!(code, 0);
+    let figures: serde_json::Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert_eq!(figures["miou"], 1.0);
+    assert_eq!(figures["per_class_iou"]["Road"], 1.0);
+    assert!(figures["per_class_iou"]["Sky"].is_null() && out.contains("absent"));
+}
+
+#[test]
+fn bad_requests_are_one_line_and_leave_no_figures() {
+    let (root, _data) = camvid(&[(48, 32)], stripes);
+    let (file, json) = (root.path().join("m.safetensors"), root.path().join("figures.json"));
+    let json = json.to_str().unwrap();
+    model(11).save(&file).unwrap();
+    let nowhere = root.path().join("nowhere");
+    let unwritable = nowhere.join("figures.json");
+    let unwritable = unwritable.to_str().unwrap();
+    for (code, data, more, words) in [
+        (1, nowhere.as_path(), vec!["--json", json], "no such folder"),
+        (1, root.path(), vec!["--json", json, "--split", "test"], "no such folder"),
+        (1, root.path(), vec!["--json", json, "--dataset", "cityscapes"], "leftImg8bit"),
+        (1, root.path(), vec!["--json", unwritable], unwritable),
+        (2, root.path(), vec!["--json", json, "--size", "0x16"], "--size"),
+        (2, root.path(), vec!["--json", json, "--split", "val,val"], "twice"),
+    ] {
+        let (got, _, err) = eval(data, &file, &more);
+        assert_eq!(got, code, "{more:?}: {err}");
+        assert!(err.contains(words) && err.lines().count() == 1, "{more:?}: {err}");
+        assert!(!Path::new(json).exists(), "{more:?}");
+    }
 }
