@@ -280,10 +280,10 @@ fn a_run_stopped_within_and_between_epochs_continues_bit_for_bit() {
 
 #[test]
 fn a_killed_run_continues_bit_for_bit() {
-    const LONG: usize = 40;
+    const LONG: usize = 20;
     let folder = tempfile::tempdir().unwrap();
     let (killed, whole) = (folder.path().join("killed"), folder.path().join("whole"));
-    let options = ["--epochs", "40", "--val-every", "10", "--checkpoint-every", "1"];
+    let options = ["--epochs", "20", "--val-every", "10", "--checkpoint-every", "1"];
     let start = |resume: bool| {
         let mut command = command(&killed);
         command.args(options).args(resume.then_some("--resume"));
@@ -293,13 +293,13 @@ fn a_killed_run_continues_bit_for_bit() {
     let state = || Checkpoint::load(&checkpoint).ok().map(|c| c.state);
     // Kill once within an epoch, and once wherever the next session happens to be.
     let conditions: [fn(&RunState) -> bool; 2] =
-        [|s| s.epoch >= 1 && s.batch == 1, |s| s.epoch >= 12];
+        [|s| s.epoch >= 1 && s.batch == 1, |s| s.epoch >= 8];
     for (i, reached) in conditions.into_iter().enumerate() {
         let mut child = start(i > 0);
         let begun = Instant::now();
         while !state().is_some_and(|s| reached(&s)) {
             assert!(begun.elapsed() < Duration::from_secs(60), "no progress");
-            std::thread::sleep(Duration::from_millis(2));
+            std::thread::sleep(Duration::from_millis(5));
         }
         child.kill().unwrap(); // SIGKILL
         assert!(!child.wait().unwrap().success(), "finished before it was killed");
@@ -412,4 +412,18 @@ fn a_model_file_can_be_the_start() {
     // It goes on from where the other run ended rather than from guessing.
     let (first, last) = (before.history[0].loss, before.history[EPOCHS - 1].loss);
     assert!(after.history[0].loss < (first + last) / 2.0);
+}
+
+#[test]
+fn two_processes_do_not_train_in_one_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let lock = fs::File::create(folder.path().join(".lock")).unwrap();
+    lock.lock().unwrap();
+    let output = command(folder.path()).args(["--epochs", "1"]).output().unwrap();
+    let words = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{words}");
+    assert!(words.contains("another process"), "{words}");
+    drop(lock);
+    // Once it is free, an empty folder is as good as a new one.
+    assert!(command(folder.path()).args(["--epochs", "1"]).output().unwrap().status.success());
 }

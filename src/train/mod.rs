@@ -17,6 +17,7 @@ pub mod plot;
 pub mod protocol;
 pub mod schedule;
 mod session;
+mod setup;
 pub mod statistics;
 pub mod validate;
 

@@ -71,7 +71,8 @@ fn draw(title: &str, history: &[EpochRecord]) -> std::result::Result<Vec<u8>, St
             .light_line_style(WHITE)
             .x_desc("epoch")
             .y_desc("training loss")
-            .x_label_formatter(&|x| format!("{x:.0}"))
+            // Early on, ticks fall between epochs: those stay unlabelled.
+            .x_label_formatter(&|x| if x.fract() == 0.0 { format!("{x}") } else { String::new() })
             .label_style(("sans-serif", 15))
             .draw()
             .map_err(words)?;

@@ -1,7 +1,5 @@
 //! The training loop.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -9,12 +7,13 @@ use std::time::{Duration, Instant};
 use super::checkpoint::{Checkpoint, RunState};
 use super::history::EpochRecord;
 use super::observer::{Observer, Start, StepReport};
-use super::protocol::{Protocol, Request, Runtime};
+use super::protocol::{Request, Runtime};
+use super::setup::{Paths, begin, resume};
 use super::validate::validate;
-use super::{log, plot, schedule, statistics};
+use super::{log, plot, schedule};
 use crate::backend::AdamStep;
+use crate::data::Dataset;
 use crate::data::loader::{Loader, LoaderOptions, Position};
-use crate::data::{Dataset, DatasetKind};
 use crate::error::{Error, Result};
 use crate::exec::Training;
 use crate::files::create_folder;
@@ -97,161 +96,6 @@ pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) 
         plotted: None,
     };
     session.run()
-}
-
-/// Files of a run.
-struct Paths {
-    folder: PathBuf,
-    checkpoint: PathBuf,
-    best: PathBuf,
-    last: PathBuf,
-    log: PathBuf,
-    plot: PathBuf,
-}
-
-impl Paths {
-    fn new(folder: &Path) -> Self {
-        Paths {
-            folder: folder.to_path_buf(),
-            checkpoint: folder.join("checkpoint.safetensors"),
-            best: folder.join("best.safetensors"),
-            last: folder.join("last.safetensors"),
-            log: folder.join("log.csv"),
-            plot: folder.join("plot.png"),
-        }
-    }
-
-    fn existing_checkpoint(&self, request: &Request) -> Result<Option<Checkpoint>> {
-        let exists = self.checkpoint.exists();
-        match (request.resume, exists) {
-            (true, true) => Checkpoint::load(&self.checkpoint).map(Some),
-            (false, false) => Ok(None),
-            (false, true) => Err(Error::Usage(format!(
-                "{}: holds a run already; continue it with --resume, or choose another --out",
-                self.folder.display()
-            ))),
-            (true, false) => Err(Error::Usage(format!(
-                "--resume: {}: expected the checkpoint of a run, found none; leave --resume out \
-                 to start one",
-                self.checkpoint.display()
-            ))),
-        }
-    }
-
-    /// Keeps a second process out of the folder. The system releases the lock however this
-    /// process ends.
-    fn lock(&self) -> Result<File> {
-        let path = self.folder.join(".lock");
-        let file = File::create(&path).map_err(|e| Error::io("cannot write", &path, e))?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(std::fs::TryLockError::WouldBlock) => Err(Error::Failed(format!(
-                "{}: another process is training here; wait for it, or choose another --out",
-                self.folder.display()
-            ))),
-            // A file system without locks: training without one beats not training.
-            Err(std::fs::TryLockError::Error(_)) => Ok(file),
-        }
-    }
-}
-
-type Prepared = (Dataset, Option<Arc<Dataset>>, Checkpoint);
-
-fn open_val(request: &Request, protocol: &Protocol) -> Result<Option<Arc<Dataset>>> {
-    let open = |split: &String| {
-        Dataset::open(protocol.dataset, &request.data, std::slice::from_ref(split)).map(Arc::new)
-    };
-    protocol.val_split.as_ref().map(open).transpose()
-}
-
-/// Opens the data of a new run and makes its state before the first update.
-fn begin(request: &Request) -> Result<Prepared> {
-    let kind = match request.dataset {
-        Some(kind) => kind,
-        None => DatasetKind::detect(&request.data)?,
-    };
-    let splits = request.splits.clone().unwrap_or_else(|| vec!["train".into()]);
-    let data = Dataset::open(kind, &request.data, &splits)?;
-    let start = request.init_from.as_deref().map(Model::load).transpose()?;
-    let base = start.as_ref().map(|m| &m.config);
-    let protocol = Protocol::new(request, kind, data.classes.len(), base)?;
-    check_enough(&data, &protocol)?;
-    let val = open_val(request, &protocol)?;
-
-    // A model that was trained with some normalisation keeps it.
-    let (params, (mean, std)) = match start {
-        Some(model) if model.config == protocol.config => (model.params, (model.mean, model.std)),
-        Some(_) => {
-            return Err(Error::Usage(
-                "--init-from: expected the model file's own configuration, found switches that \
-                 change it; leave them out"
-                    .into(),
-            ));
-        }
-        None => {
-            let model = Model::init(protocol.config.clone(), protocol.seed)?;
-            (model.params, statistics::mean_and_std(&data)?)
-        }
-    };
-    let (_, trainable) = crate::graph::params::flat_len(&params.specs);
-    let state = RunState {
-        classes: data.classes.clone(),
-        palette: data.palette.clone(),
-        mean,
-        std,
-        images: data.samples.len(),
-        names_crc32: names_crc32(&data),
-        epoch: 0,
-        batch: 0,
-        step: 0,
-        loss_sum: 0.0,
-        seconds: 0.0,
-        best: None,
-        history: Vec::new(),
-        protocol,
-    };
-    let zeros = vec![0.0; trainable];
-    Ok((data, val, Checkpoint { state, params, moment1: zeros.clone(), moment2: zeros }))
-}
-
-/// Opens the data of an existing run and checks that it is the data of the checkpoint.
-fn resume(request: &Request, checkpoint: Checkpoint) -> Result<Prepared> {
-    let state = &checkpoint.state;
-    let protocol = &state.protocol;
-    protocol.check_resume(request)?;
-    let data = Dataset::open(protocol.dataset, &request.data, &protocol.splits)?;
-    if data.samples.len() != state.images || names_crc32(&data) != state.names_crc32 {
-        return Err(Error::Failed(format!(
-            "{}: expected the {} training images that the run began with, found {} images or \
-             other names; resume with the same data",
-            request.data.display(),
-            state.images,
-            data.samples.len()
-        )));
-    }
-    let val = open_val(request, protocol)?;
-    Ok((data, val, checkpoint))
-}
-
-fn check_enough(data: &Dataset, protocol: &Protocol) -> Result<()> {
-    if data.samples.len() < protocol.batch {
-        return Err(Error::Usage(format!(
-            "--batch: expected at most the {} images of {}, found {}",
-            data.samples.len(),
-            protocol.splits.join(","),
-            protocol.batch
-        )));
-    }
-    Ok(())
-}
-
-fn names_crc32(data: &Dataset) -> u32 {
-    let mut crc = crc32fast::Hasher::new();
-    for sample in &data.samples {
-        crc.update(sample.name.as_bytes());
-        crc.update(b"\n");
-    }
-    crc.finalize()
 }
 
 struct Session<'a> {
