@@ -60,6 +60,7 @@ pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) 
     let mut training =
         Training::new(&protocol.config, &params, backend, protocol.batch, height, width)?;
     training.restore(&params, Some((&moment1, &moment2)))?;
+    let image_size = data.working_size()?;
     let loader = Loader::new(
         Arc::new(data),
         LoaderOptions {
@@ -88,6 +89,7 @@ pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) 
         val,
         training,
         loader,
+        image_size,
         state,
         stop,
         observer,
@@ -101,9 +103,11 @@ pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) 
 struct Session<'a> {
     runtime: &'a Runtime,
     paths: Paths,
-    val: Option<Arc<Dataset>>,
+    val: Option<Dataset>,
     training: Training,
     loader: Loader,
+    /// Width and height at which the network sees whole images.
+    image_size: (usize, usize),
     state: RunState,
     stop: &'a AtomicBool,
     observer: &'a mut dyn Observer,
@@ -201,12 +205,11 @@ impl Session<'_> {
         let lr = schedule::poly(protocol.lr, self.state.epoch, protocol.epochs);
         let images = (self.state.batch * protocol.batch) as f64;
         let due = epoch.is_multiple_of(protocol.val_every) || epoch == protocol.epochs;
-        let size = protocol.size;
         let model = self.model()?;
         let validation = match &self.val {
             Some(val) if due => {
                 self.observer.validating(val.samples.len());
-                Some(validate(&model, val, size, self.runtime)?)
+                Some(validate(&model, val, self.runtime)?)
             }
             _ => None,
         };
@@ -261,7 +264,7 @@ impl Session<'_> {
             palette: self.state.palette.clone(),
             mean: self.state.mean,
             std: self.state.std,
-            train_size: Some(self.state.protocol.size),
+            train_size: Some(self.image_size),
         })
     }
 

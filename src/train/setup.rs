@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use super::checkpoint::{Checkpoint, RunState};
 use super::protocol::{Protocol, Request};
@@ -68,11 +67,11 @@ impl Paths {
 }
 
 /// Training data, validation data, and where to start.
-pub(super) type Prepared = (Dataset, Option<Arc<Dataset>>, Checkpoint);
+pub(super) type Prepared = (Dataset, Option<Dataset>, Checkpoint);
 
-fn open_val(request: &Request, protocol: &Protocol) -> Result<Option<Arc<Dataset>>> {
+fn open_val(request: &Request, protocol: &Protocol) -> Result<Option<Dataset>> {
     let open = |split: &String| {
-        Dataset::open(protocol.dataset, &request.data, std::slice::from_ref(split)).map(Arc::new)
+        Dataset::open(protocol.dataset, &request.data, std::slice::from_ref(split))
     };
     protocol.val_split.as_ref().map(open).transpose()
 }
