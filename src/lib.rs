@@ -6,6 +6,8 @@
 #![warn(missing_docs)]
 
 pub mod backend;
+pub mod bench;
+pub mod bundled;
 pub mod config;
 pub mod data;
 pub mod device;
@@ -15,6 +17,7 @@ pub mod exec;
 pub mod files;
 pub mod font;
 pub mod graph;
+pub mod memory;
 pub mod metrics;
 pub mod model;
 pub mod ops;
@@ -24,3 +27,4 @@ pub mod train;
 
 pub use config::ModelConfig;
 pub use error::{Error, Result};
+pub use model::Model;

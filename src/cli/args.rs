@@ -59,6 +59,19 @@ impl DeviceArgs {
     pub fn open(&self) -> Result<Box<dyn Backend>> {
         device::open(self.device, self.precision, self.threads)
     }
+
+    /// An opened device (its kind and name) in words, and for `auto` why it is this one.
+    pub fn explain(&self, (kind, name): (&str, &str)) -> String {
+        let why = match (self.device, kind) {
+            (DeviceChoice::Auto, "cuda") => " (auto: a CUDA device works)".to_string(),
+            (DeviceChoice::Auto, _) => {
+                let cuda = device::list().into_iter().find(|report| report.kind == "cuda");
+                format!(" (auto: {})", cuda.map(|report| report.note).unwrap_or_default())
+            }
+            _ => String::new(),
+        };
+        format!("{kind}: {name}{why}")
+    }
 }
 
 /// A count from 1 to 4096.
@@ -70,7 +83,7 @@ pub fn positive(text: &str) -> Result<usize, String> {
 }
 
 /// The config switches.
-#[derive(Debug, Clone, Default, Args)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 #[command(next_help_heading = "Network")]
 pub struct ConfigArgs {
     /// Number of classes, void excluded [default: 19, or the data set's]

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use fpenet::data::{Dataset, DatasetKind};
 use fpenet::evaluate::{Evaluation, evaluate};
 use fpenet::model::Model;
-use fpenet::{Error, files};
+use fpenet::{bundled, files};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
@@ -52,7 +52,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     let model = match &args.model {
         Some(path) => Model::load(path)?,
-        None => return Err(Error::Usage("eval: name a model with --model FILE".into()).into()),
+        None => bundled::model()?,
     };
     let kind = match args.dataset {
         Some(kind) => kind,
@@ -83,7 +83,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 fn print(args: &Args, dataset: &Dataset, evaluation: &Evaluation) -> std::io::Result<()> {
     let confusion = &evaluation.confusion;
     let (splits, root) = (dataset.splits.join(","), dataset.root.display());
-    let model = args.model.as_deref().unwrap_or(Path::new("")).display();
+    let model = args.model.as_deref().unwrap_or(Path::new(bundled::MODEL_NAME)).display();
     let (w, h) = evaluation.size;
     say!("device   {}", evaluation.device)?;
     say!("model    {model}")?;

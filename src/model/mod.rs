@@ -70,8 +70,15 @@ impl Model {
     /// [`Error::Io`] where it cannot be read, [`Error::Format`] naming the file, the tensor or
     /// the metadata key at fault, what was expected and what was found.
     pub fn load(path: &Path) -> Result<Model> {
-        let bytes = tensors::read_bytes(path)?;
-        let file = TensorFile::parse(path, &bytes)?;
+        Model::from_bytes(&tensors::read_bytes(path)?, path)
+    }
+
+    /// [`Model::load`] for a file in memory; `path` names it in messages.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Model> {
+        let file = TensorFile::parse(path, bytes)?;
         let metadata = Metadata { path, file: &file };
 
         let format = file.metadata("format").ok_or_else(|| metadata.missing("format"))?;

@@ -1,1 +1,153 @@
-//! segment
+//! Photos in, label maps and pictures out: the product's main job.
+//!
+//! [`collect`] lists the photos, [`pipeline`] decodes, segments and writes them in parallel,
+//! [`Segmenter`] runs the network, [`render`] paints masks and legends.
+
+pub mod collect;
+pub mod decode;
+pub mod input;
+pub mod pipeline;
+pub mod render;
+pub mod text;
+
+use image::GrayImage;
+
+use crate::backend::Backend;
+use crate::device::{self, DeviceChoice, Precision};
+use crate::error::{Error, Result};
+use crate::exec::Inference;
+use crate::graph::{Mode, Shape};
+use crate::model::Model;
+use crate::ops::resize::argmax_nchw;
+use input::NetworkSize;
+
+/// Executors that are kept: one for photos taken upright and one for those across.
+const KEPT: usize = 2;
+
+/// Where and how the network runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Device.
+    pub device: DeviceChoice,
+    /// Storage precision of activations.
+    pub precision: Precision,
+    /// CPU threads; all where none.
+    pub threads: Option<usize>,
+}
+
+/// Labels photos of any size with one model; keeps the executors of the last sizes.
+pub struct Segmenter<'a> {
+    model: &'a Model,
+    settings: Settings,
+    /// Opened and waiting for its first executor.
+    spare: Option<Box<dyn Backend>>,
+    /// Most recently used last.
+    kept: Vec<Kept>,
+}
+
+struct Kept {
+    width: usize,
+    height: usize,
+    mode: Mode,
+    inference: Inference,
+}
+
+impl<'a> Segmenter<'a> {
+    /// Opens the device; executors are made as photos come.
+    ///
+    /// # Errors
+    /// [`Error::Device`] where the device does not work, [`Error::Usage`] for a combination of
+    /// device and precision that does not exist.
+    pub fn new(model: &'a Model, settings: Settings) -> Result<Self> {
+        let spare = Some(open(settings)?);
+        Ok(Segmenter { model, settings, spare, kept: Vec::new() })
+    }
+
+    /// The device: kind as on the command line, and in words.
+    pub fn device(&self) -> (&'static str, String) {
+        let kept = self.kept.last().map(|k| k.inference.backend());
+        match self.spare.as_deref().or(kept) {
+            Some(backend) => (backend.kind(), backend.describe()),
+            None => ("none", String::new()),
+        }
+    }
+
+    /// The model in use.
+    pub fn model(&self) -> &'a Model {
+        self.model
+    }
+
+    /// Makes the executor for photos of a size, unless it is there: what [`Segmenter::labels`]
+    /// would else do first.
+    ///
+    /// # Errors
+    /// Whatever the device reports, out of memory above all.
+    pub fn prepare(&mut self, network: NetworkSize, photo: (u32, u32)) -> Result<()> {
+        self.executor(network.width, network.height, mode(network, photo)).map(drop)
+    }
+
+    /// Labels of one photo. `input` is the normalised photo, 3 x H x W at the network's size;
+    /// the labels have the photo's size (`width` x `height`): where that differs from the
+    /// network's, the logits are brought to it by bilinear resize before the largest is taken.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] for an input that is not of the network's size; whatever the device reports.
+    pub fn labels(
+        &mut self,
+        input: &[f32],
+        network: NetworkSize,
+        (width, height): (u32, u32),
+    ) -> Result<GrayImage> {
+        let expected = 3 * network.width * network.height;
+        if input.len() != expected {
+            return Err(Error::Failed(format!(
+                "network input: expected {expected} values for {network}, found {}",
+                input.len()
+            )));
+        }
+        let mut labels = GrayImage::new(width, height);
+        let mode = mode(network, (width, height));
+        let classes = self.model.config.classes;
+        let inference = self.executor(network.width, network.height, mode)?;
+        inference.run(input)?;
+        if mode == Mode::Labels {
+            inference.labels(&mut labels)?;
+        } else {
+            let logits = inference.logits()?;
+            let shape = Shape::new(1, classes, network.height, network.width);
+            argmax_nchw(&logits, shape, height as usize, width as usize, &mut labels);
+        }
+        Ok(labels)
+    }
+
+    fn executor(&mut self, width: usize, height: usize, mode: Mode) -> Result<&mut Inference> {
+        let fits = |k: &Kept| (k.width, k.height, k.mode) == (width, height, mode);
+        let kept = match self.kept.iter().position(fits) {
+            Some(i) => self.kept.remove(i),
+            None => {
+                // Drop the old one before the new one takes its memory.
+                if self.kept.len() == KEPT {
+                    self.kept.remove(0);
+                }
+                let backend = match self.spare.take() {
+                    Some(backend) => backend,
+                    None => open(self.settings)?,
+                };
+                let inference = Inference::new(self.model, backend, 1, height, width, mode)?;
+                Kept { width, height, mode, inference }
+            }
+        };
+        self.kept.push(kept);
+        Ok(&mut self.kept.last_mut().expect("just pushed").inference)
+    }
+}
+
+/// At the photo's own size the logits are never needed as such.
+fn mode(network: NetworkSize, (width, height): (u32, u32)) -> Mode {
+    let same = (network.width, network.height) == (width as usize, height as usize);
+    if same { Mode::Labels } else { Mode::Logits }
+}
+
+fn open(Settings { device, precision, threads }: Settings) -> Result<Box<dyn Backend>> {
+    device::open(device, precision, threads)
+}

@@ -9,6 +9,7 @@ use super::{backward, forward};
 use crate::backend::{AdamStep, Backend, State};
 use crate::error::{Error, Result};
 use crate::graph::{Mode, Plan, PlaneLayout, Tensor};
+use crate::memory;
 use crate::ops::{cross_entropy, resize};
 
 /// f32 on all cores of this machine.
@@ -127,11 +128,25 @@ impl Backend for CpuBackend {
     }
 
     fn prepare(&mut self, plan: &Plan) -> Result<()> {
-        self.arena.reserve(plan.arena_len).map_err(|_| Error::Device {
-            device: "cpu".into(),
-            problem: format!("cannot allocate {} bytes", plan.arena_bytes()),
-            remedy: "use a smaller --size or --batch".into(),
-        })?;
+        let needed = plan.arena_bytes() as u64;
+        let free = memory::available_bytes();
+        let out_of_memory = || {
+            let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+            Error::Device {
+                device: "cpu".into(),
+                problem: format!(
+                    "out of memory: {} needed, {} free",
+                    gib(needed),
+                    free.map_or("an unknown amount".into(), gib)
+                ),
+                remedy: "use a smaller --size or --batch".into(),
+            }
+        };
+        // Linux grants more than there is and then ends the process that touches it.
+        if free.is_some_and(|free| needed > free) {
+            return Err(out_of_memory());
+        }
+        self.arena.reserve(plan.arena_len).map_err(|_| out_of_memory())?;
         self.params = vec![0.0; plan.param_len];
         let trained = if plan.mode == Mode::Training { plan.trainable_len } else { 0 };
         for state in [State::Grads, State::Moment1, State::Moment2] {

@@ -1,0 +1,190 @@
+//! Many photos: decoding the next and writing the previous one go on while the network runs.
+//!
+//! Three threads in a row, joined by short queues: photos leave in the order they came, so the
+//! report is the same at every run.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use image::codecs::png::{CompressionType, FilterType, PngEncoder};
+use image::{ExtendedColorType, GrayImage, ImageEncoder, RgbImage};
+
+use super::Segmenter;
+use super::collect::{Item, OUTPUTS, Source, output_name};
+use super::decode::{decode_bytes, decode_file};
+use super::input::{NetworkSize, network_size, normalise, resize};
+use super::render::{self, Share};
+use crate::error::{Error, Result};
+use crate::files::write_atomic;
+
+/// Photos that wait in each queue: enough to keep the network busy, little enough to bound memory.
+const QUEUE: usize = 2;
+
+/// What was made of one photo.
+#[derive(Debug)]
+pub struct Segmented {
+    /// Photo's width and height.
+    pub size: (u32, u32),
+    /// Size at which the network ran.
+    pub network: NetworkSize,
+    /// Pixels per class, by index.
+    pub pixels: Vec<u64>,
+    /// Classes present, largest first.
+    pub shares: Vec<Share>,
+    /// Time to read, decode, resize and normalise.
+    pub decode: Duration,
+    /// Time from the network's input to labels at the photo's size.
+    pub inference: Duration,
+    /// Time to paint, encode and write the results.
+    pub write: Duration,
+    /// Files written.
+    pub files: Vec<PathBuf>,
+}
+
+struct Prepared {
+    photo: RgbImage,
+    input: Vec<f32>,
+    network: NetworkSize,
+    decode: Duration,
+}
+
+struct Labelled {
+    prepared: Prepared,
+    labels: GrayImage,
+    inference: Duration,
+}
+
+/// Segments all items into the folder `out`, which must exist
+/// ([`create_folder`](crate::files::create_folder)). `report` hears of each item in
+/// order, on another thread, as soon as its files are on disk or it has failed; a failure stops
+/// nothing else.
+pub fn run(
+    items: Vec<Item>,
+    segmenter: &mut Segmenter,
+    requested: Option<(usize, usize)>,
+    out: &Path,
+    mut report: impl FnMut(&Item, Result<Segmented>) + Send,
+) {
+    let model = segmenter.model();
+    let (to_network, from_decoder) = bounded(QUEUE);
+    let (to_writer, from_network) = bounded(QUEUE);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            for mut item in items {
+                let prepared = source(&mut item).and_then(|source| {
+                    prepare(&item.path, source, requested, model.train_size, model.mean, model.std)
+                });
+                if to_network.send((item, prepared)).is_err() {
+                    return;
+                }
+            }
+        });
+        scope.spawn(move || {
+            for (item, labelled) in from_network {
+                let done = Result::and_then(labelled, |labelled: Labelled| {
+                    write(&item, labelled, &model.classes, &model.palette, out)
+                });
+                report(&item, done);
+            }
+        });
+        label_all(&from_decoder, segmenter, &to_writer);
+        drop(to_writer);
+    });
+}
+
+/// Takes the source out of an item: the error in it is handed on once.
+fn source(item: &mut Item) -> Result<Source> {
+    std::mem::replace(&mut item.source, Ok(Source::File))
+}
+
+fn label_all(
+    photos: &Receiver<(Item, Result<Prepared>)>,
+    segmenter: &mut Segmenter,
+    results: &Sender<(Item, Result<Labelled>)>,
+) {
+    for (item, prepared) in photos {
+        let labelled = prepared.and_then(|prepared| {
+            let size = prepared.photo.dimensions();
+            segmenter.prepare(prepared.network, size)?;
+            let start = Instant::now();
+            let labels = segmenter.labels(&prepared.input, prepared.network, size)?;
+            Ok(Labelled { prepared, labels, inference: start.elapsed() })
+        });
+        if results.send((item, labelled)).is_err() {
+            return;
+        }
+    }
+}
+
+fn prepare(
+    path: &Path,
+    source: Source,
+    requested: Option<(usize, usize)>,
+    train_size: Option<(usize, usize)>,
+    mean: [f32; 3],
+    std: [f32; 3],
+) -> Result<Prepared> {
+    let start = Instant::now();
+    let photo = match source {
+        Source::File => decode_file(path)?,
+        Source::Bundled(bytes) => decode_bytes(bytes, path)?,
+    };
+    let network = network_size(photo.dimensions(), requested, train_size);
+    let mut input = Vec::new();
+    if photo.dimensions() == (network.width as u32, network.height as u32) {
+        normalise(&photo, mean, std, &mut input);
+    } else {
+        normalise(&resize(&photo, network.width, network.height)?, mean, std, &mut input);
+    }
+    Ok(Prepared { photo, input, network, decode: start.elapsed() })
+}
+
+fn write(
+    item: &Item,
+    labelled: Labelled,
+    classes: &[String],
+    palette: &[[u8; 3]],
+    out: &Path,
+) -> Result<Segmented> {
+    let start = Instant::now();
+    let Labelled { prepared: Prepared { photo, network, decode, .. }, labels, inference } =
+        labelled;
+    let pixels = render::count(&labels, classes.len());
+    let shares = render::shares(&pixels);
+    let mask = render::mask(&labels, palette);
+    let overlay = render::overlay(&photo, &labels, &shares, classes, palette);
+    let path = |ending| out.join(output_name(&item.name, ending));
+    let files = OUTPUTS.map(path).to_vec();
+    let size = labels.dimensions();
+    let flat = FilterType::NoFilter;
+    write_png(&files[0], &labels, size, ExtendedColorType::L8, flat)?;
+    write_png(&files[1], &mask, size, ExtendedColorType::Rgb8, flat)?;
+    let overlay_size = overlay.dimensions();
+    write_png(&files[2], &overlay, overlay_size, ExtendedColorType::Rgb8, FilterType::Adaptive)?;
+    Ok(Segmented {
+        size,
+        network,
+        pixels,
+        shares,
+        decode,
+        inference,
+        write: start.elapsed(),
+        files,
+    })
+}
+
+/// Flat areas compress best unfiltered, photographs after an adaptive filter.
+fn write_png(
+    path: &Path,
+    pixels: &[u8],
+    (width, height): (u32, u32),
+    colour: ExtendedColorType,
+    filter: FilterType,
+) -> Result<()> {
+    let mut png = Vec::new();
+    PngEncoder::new_with_quality(&mut png, CompressionType::Fast, filter)
+        .write_image(pixels, width, height, colour)
+        .map_err(|e| Error::Failed(format!("{}: cannot encode as PNG: {e}", path.display())))?;
+    write_atomic(path, |file| file.write_all(&png))
+}
