@@ -6,6 +6,7 @@ use image::RgbImage;
 
 use crate::error::{Error, Result};
 use crate::graph::{MAX_SIDE, MIN_SIDE};
+use crate::memory;
 
 /// An image above this many times the training area is scaled down to the training area: what
 /// the network learned to recognise at some size in pixels, it misses at twice that size.
@@ -87,6 +88,31 @@ pub fn network_size(
         reason = SizeReason::Bounds;
     }
     NetworkSize { width: clamped.0, height: clamped.1, reason }
+}
+
+/// Bytes per pixel that inference holds at the very least: 8-bit RGB, f32 RGB, and the stem's and
+/// stage 1's activations at half the width and height (48 channels in f32).
+const LEAST_BYTES_PER_PIXEL: u64 = 3 + 12 + 48;
+
+/// Refuses a network size that cannot fit into the memory, before any of it is filled.
+///
+/// # Errors
+/// [`Error::Failed`] with needed and free bytes.
+pub fn check_memory(network: NetworkSize) -> Result<()> {
+    let needed = (network.width * network.height) as u64 * LEAST_BYTES_PER_PIXEL;
+    match memory::available_bytes() {
+        Some(free) if needed > free => Err(Error::Failed(format!(
+            "network size {network}: out of memory: at least {:.1} GiB needed, {:.1} GiB free; \
+             use a smaller --size",
+            gib(needed),
+            gib(free)
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }
 
 /// Resizes a photo, bilinear, antialiased when shrinking.

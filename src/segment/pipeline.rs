@@ -13,7 +13,7 @@ use image::{ExtendedColorType, GrayImage, ImageEncoder, RgbImage};
 use super::Segmenter;
 use super::collect::{Item, OUTPUTS, Source, output_name};
 use super::decode::{decode_bytes, decode_file};
-use super::input::{NetworkSize, network_size, normalise, resize};
+use super::input::{NetworkSize, check_memory, network_size, normalise, resize};
 use super::render::{self, Share};
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
@@ -131,6 +131,7 @@ fn prepare(
         Source::Bundled(bytes) => decode_bytes(bytes, path)?,
     };
     let network = network_size(photo.dimensions(), requested, train_size);
+    check_memory(network)?;
     let mut input = Vec::new();
     if photo.dimensions() == (network.width as u32, network.height as u32) {
         normalise(&photo, mean, std, &mut input);
@@ -157,11 +158,11 @@ fn write(
     let path = |ending| out.join(output_name(&item.name, ending));
     let files = OUTPUTS.map(path).to_vec();
     let size = labels.dimensions();
-    let flat = FilterType::NoFilter;
-    write_png(&files[0], &labels, size, ExtendedColorType::L8, flat)?;
-    write_png(&files[1], &mask, size, ExtendedColorType::Rgb8, flat)?;
     let overlay_size = overlay.dimensions();
-    write_png(&files[2], &overlay, overlay_size, ExtendedColorType::Rgb8, FilterType::Adaptive)?;
+    let rgb = ExtendedColorType::Rgb8;
+    write_png(&files[0], &labels, size, ExtendedColorType::L8, Content::Flat)?;
+    write_png(&files[1], &mask, size, rgb, Content::Flat)?;
+    write_png(&files[2], &overlay, overlay_size, rgb, Content::Photo)?;
     Ok(Segmented {
         size,
         network,
@@ -174,16 +175,28 @@ fn write(
     })
 }
 
-/// Flat areas compress best unfiltered, photographs after an adaptive filter.
+/// What a picture shows, which decides how it is compressed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Content {
+    /// Few colours in large areas: no filter, so that equal rows stay equal for the dictionary.
+    Flat,
+    /// A photograph: adaptive filters; more effort would cost time and save little.
+    Photo,
+}
+
 fn write_png(
     path: &Path,
     pixels: &[u8],
     (width, height): (u32, u32),
     colour: ExtendedColorType,
-    filter: FilterType,
+    content: Content,
 ) -> Result<()> {
+    let (compression, filter) = match content {
+        Content::Flat => (CompressionType::Level(3), FilterType::NoFilter),
+        Content::Photo => (CompressionType::Fast, FilterType::Adaptive),
+    };
     let mut png = Vec::new();
-    PngEncoder::new_with_quality(&mut png, CompressionType::Fast, filter)
+    PngEncoder::new_with_quality(&mut png, compression, filter)
         .write_image(pixels, width, height, colour)
         .map_err(|e| Error::Failed(format!("{}: cannot encode as PNG: {e}", path.display())))?;
     write_atomic(path, |file| file.write_all(&png))
