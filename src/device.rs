@@ -80,7 +80,12 @@ pub fn list() -> Vec<DeviceReport> {
             DeviceReport { kind, name: backend.describe(), available: true, note: String::new() }
         }
         Err(error) => {
-            DeviceReport { kind, name: String::new(), available: false, note: error.to_string() }
+            // The report names the kind already.
+            let note = match error {
+                Error::Device { problem, remedy, .. } => format!("{problem}; {remedy}"),
+                other => other.to_string(),
+            };
+            DeviceReport { kind, name: String::new(), available: false, note }
         }
     };
     vec![

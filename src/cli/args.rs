@@ -66,7 +66,10 @@ impl DeviceArgs {
             (DeviceChoice::Auto, "cuda") => " (auto: a CUDA device works)".to_string(),
             (DeviceChoice::Auto, _) => {
                 let cuda = device::list().into_iter().find(|report| report.kind == "cuda");
-                format!(" (auto: {})", cuda.map(|report| report.note).unwrap_or_default())
+                format!(
+                    " (auto, no CUDA device: {})",
+                    cuda.map(|report| report.note).unwrap_or_default()
+                )
             }
             _ => String::new(),
         };

@@ -1,0 +1,93 @@
+//! `fpenet bench` and `fpenet devices` as a user runs them.
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+fn fpenet(args: &[&str]) -> (i32, String, String) {
+    let output = Command::cargo_bin("fpenet").unwrap().args(args).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// A benchmark small enough for a test; returns what it wrote.
+fn bench(args: &[&str]) -> Value {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("bench.json");
+    let fixed = ["bench", "--device", "cpu", "--threads", "1", "--p", "1", "--q", "1", "--json"];
+    let all = [&fixed, &[json.to_str().unwrap()][..], args].concat();
+    let (code, stdout, stderr) = fpenet(&all);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(stdout.contains("latency") && stdout.contains("images/s"), "{stdout}");
+    serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap()
+}
+
+#[test]
+fn the_json_holds_the_keys_that_others_read() {
+    let report = bench(&["--size", "64x32", "--batch", "2", "--iterations", "5", "--warmup", "1"]);
+    assert_eq!(report["device"], "cpu");
+    assert_eq!(report["size"], "64x32");
+    assert_eq!(report["batch"], 2);
+    assert_eq!(report["precision"], "f32");
+    assert_eq!(report["mode"], "logits");
+    assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(report["samples_ms"].as_array().unwrap().len(), 5);
+    let latency = |key: &str| report["latency_ms"][key].as_f64().unwrap();
+    let sorted = ["min", "median", "p90", "p95", "p99"].map(latency);
+    assert!(sorted.is_sorted() && sorted[0] > 0.0, "{sorted:?}");
+    assert!(latency("min") <= latency("mean") && latency("mean") <= latency("p99") * 5.0);
+    let fps = report["throughput_fps"].as_f64().unwrap();
+    // Two images a run: the figures are written with all their digits.
+    assert!((fps - 2000.0 / latency("mean")).abs() < 1e-6 * fps, "{fps}");
+    assert!(report["gmacs"].as_f64().unwrap() > 0.0);
+    assert!(report["arena_bytes"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn labels_and_training_steps_are_measured_too() {
+    let small = ["--size", "48x32", "--iterations", "2", "--warmup", "0"];
+    let labels = bench(&[&small[..], &["--argmax"]].concat());
+    assert_eq!(labels["mode"], "labels");
+    let training = bench(&[&small[..], &["--train", "--batch", "2"]].concat());
+    assert_eq!(training["mode"], "train");
+    assert_eq!(training["samples_ms"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn a_profile_lists_every_layer_once() {
+    let args = "bench --device cpu --p 1 --q 1 --size 64x32 --iterations 2 --warmup 1 --profile";
+    let (code, stdout, stderr) = fpenet(&args.split(' ').collect::<Vec<_>>());
+    assert_eq!(code, 0, "{stderr}");
+    for layer in ["stem.conv ", "stage2.0.branches ", "stage3.0.project.conv ", "classifier "] {
+        let lines = stdout.lines().filter(|line| line.starts_with(layer)).count();
+        assert_eq!(lines, 1, "{layer}: {stdout}");
+    }
+}
+
+#[test]
+fn wrong_usage_and_unwritable_outputs_are_told_before_any_work() {
+    for args in [
+        &["bench", "--size", "0x0"][..],
+        &["bench", "--batch", "0"],
+        &["bench", "--iterations", "0"],
+        &["bench", "--device", "cpu", "--precision", "f16"],
+        &["bench", "--train", "--argmax"],
+    ] {
+        let (code, _, stderr) = fpenet(args);
+        assert_eq!(code, 2, "{args:?}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
+    }
+    let (code, stdout, stderr) = fpenet(&["bench", "--json", "/nonexistent/folder/x.json"]);
+    assert_eq!((code, stdout.as_str()), (1, ""), "{stderr}");
+    assert!(stderr.contains("/nonexistent/folder/x.json"), "{stderr}");
+}
+
+#[test]
+fn devices_lists_every_kind() {
+    let (code, stdout, _) = fpenet(&["devices"]);
+    assert_eq!(code, 0);
+    for kind in ["cpu", "cuda", "emulated"] {
+        assert!(stdout.lines().any(|line| line.starts_with(kind)), "{stdout}");
+    }
+    let cpu = stdout.lines().find(|line| line.starts_with("cpu")).unwrap();
+    assert!(cpu.contains("available") && cpu.contains("thread"), "{cpu}");
+}
