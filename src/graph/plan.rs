@@ -63,7 +63,7 @@ pub enum PlaneLayout {
 }
 
 impl PlaneLayout {
-    fn stride(self, plane: usize) -> usize {
+    pub(crate) fn stride(self, plane: usize) -> usize {
         match self {
             PlaneLayout::Dense => plane,
             PlaneLayout::CachePadded => {
@@ -406,3 +406,7 @@ impl<'a> Planner<'a> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

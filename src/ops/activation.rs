@@ -78,3 +78,85 @@ pub fn backward(isa: Isa, y: View, dy: View, act: Act, dx: ViewMut, accumulate: 
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    const ACTS: [Act; 3] = [Act::None, Act::Relu, Act::Sigmoid];
+    const SHAPES: [Shape; 3] =
+        [Shape::new(1, 1, 1, 1), Shape::new(3, 2, 5, 7), Shape::new(2, 3, 1, 33)];
+
+    fn naive(x: &T64, act: Act) -> T64 {
+        let f = |v: f64| match act {
+            Act::None => v,
+            Act::Relu => v.max(0.0),
+            Act::Sigmoid => 1.0 / (1.0 + (-v).exp()),
+        };
+        T64 { shape: x.shape, data: x.data.iter().map(|&v| f(v)).collect() }
+    }
+
+    /// Values of both signs, away from ReLU's kink.
+    fn input(shape: Shape) -> T64 {
+        let seed = seed_off_kinks(|seed| T64::random(shape, &mut rng(seed)).smallest());
+        T64::random(shape, &mut rng(seed)).map(|v| 4.0 * v)
+    }
+
+    #[test]
+    fn forward_elsewhere_and_in_place() {
+        for (shape, act) in SHAPES.into_iter().flat_map(|s| ACTS.map(|a| (s, a))) {
+            let x = input(shape);
+            everywhere(|isa, layout, label| {
+                let source = Buffer::new(&x, layout);
+                let mut y = Buffer::unwritten(shape, layout);
+                forward(isa, source.view(), act, y.view_mut());
+                assert_close(label, &y.read(), &naive(&x, act), FORWARD);
+                let mut both = Buffer::new(&x, layout);
+                let target = both.view_mut();
+                forward(isa, target.as_view(), act, target);
+                assert_eq!(both.read().data, y.read().data, "{label}, in place");
+            });
+        }
+    }
+
+    #[test]
+    fn backward_agrees_with_central_differences() {
+        for (shape, act) in SHAPES.into_iter().flat_map(|s| ACTS.map(|a| (s, a))) {
+            let (x, dy) = (input(shape), T64::random(shape, &mut rng(5)));
+            let f = |x: &[T64]| naive(&x[0], act);
+            let expected = central_difference(f, std::slice::from_ref(&x), 0, &dy);
+            everywhere(|isa, layout, label| {
+                let [y, dy] = [&naive(&x, act), &dy].map(|t| Buffer::new(t, layout));
+                check_gradient(
+                    &format!("{act:?}, {label}"),
+                    &expected,
+                    layout,
+                    |dx, accumulate| {
+                        backward(isa, y.view(), dy.view(), act, dx, accumulate);
+                    },
+                );
+            });
+        }
+    }
+
+    #[test]
+    fn nan_and_extremes_pass_through() {
+        let extremes = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e30];
+        let x = T64::vector(&extremes);
+        everywhere(|isa, layout, label| {
+            let source = Buffer::new(&x, layout);
+            let result = |act| {
+                let mut y = Buffer::unwritten(x.shape, layout);
+                forward(isa, source.view(), act, y.view_mut());
+                y.read().data
+            };
+            let relu = result(Act::Relu);
+            assert!(relu[0].is_nan(), "{label}: {relu:?}");
+            assert_eq!(relu[1..], [f64::INFINITY, 0.0, f64::from(1e30f32), 0.0], "{label}");
+            let sigmoid = result(Act::Sigmoid);
+            assert!(sigmoid[0].is_nan(), "{label}: {sigmoid:?}");
+            assert_eq!(sigmoid[1..], [1.0, 0.0, 1.0, 0.0], "{label}");
+        });
+    }
+}

@@ -32,3 +32,35 @@ pub fn backward(isa: Isa, dy: View, dx: ViewMut, accumulate: bool) {
         planes::pass_gated(isa, grad, unsafe { dx.plane_mut(n, c) }, accumulate);
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    fn naive(inputs: &[T64]) -> T64 {
+        inputs[0].plus(&inputs[1])
+    }
+
+    #[test]
+    fn sum_and_its_gradient_for_each_operand() {
+        for shape in [Shape::new(1, 1, 1, 1), Shape::new(3, 2, 5, 7), Shape::new(2, 3, 1, 33)] {
+            let mut rng = rng(1);
+            let inputs = [T64::random(shape, &mut rng), T64::random(shape, &mut rng)];
+            let dy = T64::random(shape, &mut rng);
+            let gradients = [0, 1].map(|i| central_difference(naive, &inputs, i, &dy));
+            everywhere(|isa, layout, label| {
+                let [a, b] = [0, 1].map(|i| Buffer::new(&inputs[i], layout));
+                let mut y = Buffer::unwritten(shape, layout);
+                forward(isa, a.view(), b.view(), y.view_mut());
+                assert_close(label, &y.read(), &naive(&inputs), FORWARD);
+                let dy = Buffer::new(&dy, layout);
+                for gradient in &gradients {
+                    check_gradient(label, gradient, layout, |dx, accumulate| {
+                        backward(isa, dy.view(), dx, accumulate);
+                    });
+                }
+            });
+        }
+    }
+}

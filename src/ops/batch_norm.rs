@@ -189,3 +189,158 @@ pub fn backward(
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    /// Inputs x, weight, bias, r; also the smallest |input of the activation|, and per channel
+    /// mean and biased variance.
+    fn naive(inputs: &[T64], act: Act) -> (T64, f64, Vec<(f64, f64)>) {
+        let [x, weight, bias, r] = inputs else { panic!("four operands") };
+        let s = x.shape;
+        let count = (s.n * s.plane()) as f64;
+        let plane = |n: usize, c: usize| &x.data[(n * s.c + c) * s.plane()..][..s.plane()];
+        let statistics: Vec<(f64, f64)> = (0..s.c)
+            .map(|c| {
+                let values = || (0..s.n).flat_map(|n| plane(n, c));
+                let mean = values().sum::<f64>() / count;
+                (mean, values().map(|v| (v - mean) * (v - mean)).sum::<f64>() / count)
+            })
+            .collect();
+        let before = T64::from_fn(s, |n, c, row, col| {
+            let (mean, var) = statistics[c];
+            let x_hat = (x.at(n, c, row, col) - mean) / (var + f64::from(EPS)).sqrt();
+            weight.data[c] * x_hat + bias.data[c] + r.at(n, c, row, col)
+        });
+        let smallest = before.smallest();
+        let relu = |v: f64| if act == Act::Relu { v.max(0.0) } else { v };
+        let y = T64 { shape: s, data: before.data.into_iter().map(relu).collect() };
+        (y, smallest, statistics)
+    }
+
+    /// Scales near 1, a mean that is not 0.
+    fn operands(shape: Shape, residual: bool, seed: u64) -> [T64; 4] {
+        let mut rng = rng(seed);
+        let vector = Shape::new(1, 1, 1, shape.c);
+        let x = T64::random(shape, &mut rng).map(|v| 1.5 * v + 0.7);
+        let weight = T64::random(vector, &mut rng).map(|v| 1.0 + 0.5 * v);
+        let bias = T64::random(vector, &mut rng);
+        let r = T64::random(shape, &mut rng).map(|v| if residual { v } else { 0.0 });
+        [x, weight, bias, r]
+    }
+
+    /// Every channel has at least nine values: with two, x_hat is +-1 whatever x, the gradient is
+    /// 0 and its relative error meaningless (see `two_values_give_no_gradient`).
+    const SHAPES: [Shape; 4] = [
+        Shape::new(3, 4, 5, 7),
+        Shape::new(1, 3, 3, 3),
+        Shape::new(9, 2, 1, 1),
+        Shape::new(2, 5, 1, 17),
+    ];
+
+    #[test]
+    fn agrees_with_the_naive_forward_and_its_central_differences() {
+        for (shape, residual) in SHAPES.into_iter().flat_map(|s| [(s, false), (s, true)]) {
+            for act in [Act::None, Act::Relu] {
+                check(shape, residual, act);
+            }
+        }
+    }
+
+    fn check(shape: Shape, residual: bool, act: Act) {
+        let seed = seed_off_kinks(|seed| naive(&operands(shape, residual, seed), act).1);
+        let inputs = operands(shape, residual, seed);
+        let (expected, _, statistics) = naive(&inputs, act);
+        let dy = T64::random(shape, &mut rng(13));
+        let f = |inputs: &[T64]| naive(inputs, act).0;
+        let [dx, dweight, dbias, dr] = [0, 1, 2, 3].map(|i| central_difference(f, &inputs, i, &dy));
+        let (weight, bias) = (inputs[1].f32(), inputs[2].f32());
+        everywhere(|isa, layout, label| {
+            let what = format!("{shape}, residual {residual}, {act:?}, {label}");
+            let [x, r, dy] = [&inputs[0], &inputs[3], &dy].map(|t| Buffer::new(t, layout));
+            let mut y = Buffer::unwritten(shape, layout);
+            let [mut mean, mut invstd] = [vec![f32::NAN; shape.c], vec![f32::NAN; shape.c]];
+            let [mut running_mean, mut running_var] = [vec![0.5; shape.c], vec![2.0; shape.c]];
+            let params = TrainingParams {
+                weight: &weight,
+                bias: &bias,
+                running_mean: &mut running_mean,
+                running_var: &mut running_var,
+            };
+            let residual_view = residual.then(|| r.view());
+            let (m, i) = (&mut mean, &mut invstd);
+            forward(isa, x.view(), params, residual_view, act, y.view_mut(), m, i);
+            assert_close(&what, &y.read(), &expected, FORWARD);
+
+            // PyTorch's rule: unbiased variance, momentum 0.1.
+            let count = (shape.n * shape.plane()) as f64;
+            let running = |start: f64, new: f64| 0.9 * start + 0.1 * new;
+            let means = T64::collect(statistics.iter().map(|s| running(0.5, s.0)));
+            assert_close(&what, &T64::vector(&running_mean), &means, FORWARD);
+            let unbiased = |s: &(f64, f64)| s.1 * count / (count - 1.0);
+            let vars = T64::collect(statistics.iter().map(|s| running(2.0, unbiased(s))));
+            assert_close(&what, &T64::vector(&running_var), &vars, FORWARD);
+
+            let run = |dx: (ViewMut, bool), dr: Option<(ViewMut, bool)>| {
+                let [mut dw, mut db] = [vec![f32::NAN; shape.c], vec![f32::NAN; shape.c]];
+                let (x, y, dy) = (x.view(), y.view(), dy.view());
+                let (dw_out, db_out) = (&mut dw, &mut db);
+                backward(isa, x, y, dy, &weight, &mean, &invstd, act, dx, dr, dw_out, db_out);
+                assert_close(&format!("dweight, {what}"), &T64::vector(&dw), &dweight, BACKWARD);
+                assert_close(&format!("dbias, {what}"), &T64::vector(&db), &dbias, BACKWARD);
+            };
+            check_gradient(&format!("dx, {what}"), &dx, layout, |dx, accumulate| {
+                run((dx, accumulate), None);
+            });
+            if residual {
+                check_gradient(&format!("dr, {what}"), &dr, layout, |dr, accumulate| {
+                    let mut dx = Buffer::unwritten(shape, layout);
+                    run((dx.view_mut(), false), Some((dr, accumulate)));
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn two_values_give_no_gradient() {
+        let inputs = operands(Shape::new(2, 3, 1, 1), false, 14);
+        let dy = T64::random(inputs[0].shape, &mut rng(15));
+        let weight = inputs[1].f32();
+        everywhere(|isa, layout, label| {
+            let [x, dy] = [&inputs[0], &dy].map(|t| Buffer::new(t, layout));
+            let (_, _, statistics) = naive(&inputs, Act::None);
+            let mean: Vec<f32> = statistics.iter().map(|s| s.0 as f32).collect();
+            let invstd: Vec<f32> =
+                statistics.iter().map(|s| (1.0 / (s.1 + f64::from(EPS)).sqrt()) as f32).collect();
+            let mut dx = Buffer::unwritten(inputs[0].shape, layout);
+            let [mut dw, mut db] = [vec![0.0; 3], vec![0.0; 3]];
+            let (target, none) = ((dx.view_mut(), false), Act::None);
+            let (x, dy) = (x.view(), dy.view());
+            backward(isa, x, x, dy, &weight, &mean, &invstd, none, target, None, &mut dw, &mut db);
+            // What is left comes from eps: of order eps / var of the terms that cancel.
+            for (v, s) in dx.read().data.iter().zip(statistics.iter().cycle()) {
+                assert!(v.abs() < 10.0 * f64::from(EPS) / s.1.powf(1.5) + 1e-5, "{label}: {v}");
+            }
+        });
+    }
+
+    #[test]
+    fn nan_spoils_its_channel_only() {
+        let mut inputs = operands(Shape::new(2, 3, 5, 7), false, 16);
+        inputs[0].data[35 + 4] = f64::NAN;
+        let (weight, bias) = (inputs[1].f32(), inputs[2].f32());
+        everywhere(|isa, layout, label| {
+            let x = Buffer::new(&inputs[0], layout);
+            let mut y = Buffer::unwritten(inputs[0].shape, layout);
+            let mut out = [const { [0.0f32; 3] }; 4];
+            let [mean, invstd, running_mean, running_var] = &mut out;
+            let params = TrainingParams { weight: &weight, bias: &bias, running_mean, running_var };
+            forward(isa, x.view(), params, None, Act::Relu, y.view_mut(), mean, invstd);
+            for (i, v) in y.read().data.iter().enumerate() {
+                assert_eq!(v.is_nan(), i / 35 % 3 == 1, "{label}: element {i} is {v}");
+            }
+        });
+    }
+}

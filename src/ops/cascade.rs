@@ -378,3 +378,7 @@ fn spread_out<'a>(coarse: &[f32], fine: Shape, spread: &'a mut [f32]) -> &'a [f3
     }
     spread
 }
+
+#[cfg(test)]
+#[path = "cascade_tests.rs"]
+mod tests;

@@ -44,3 +44,46 @@ pub fn backward(isa: Isa, dy: View, dx: ViewMut, accumulate: bool) {
         planes::add_scaled(isa, dy.plane(n, 0), 1.0 / channels as f32, dx);
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    fn naive(inputs: &[T64]) -> T64 {
+        let x = &inputs[0];
+        T64::from_fn(x.shape.with_channels(1), |n, _, row, col| {
+            (0..x.shape.c).map(|c| x.at(n, c, row, col)).sum::<f64>() / x.shape.c as f64
+        })
+    }
+
+    #[test]
+    fn mean_over_channels_and_its_gradient() {
+        for shape in [Shape::new(1, 1, 1, 1), Shape::new(3, 5, 5, 7), Shape::new(1, 64, 1, 3)] {
+            let mut rng = rng(4);
+            let x = [T64::random(shape, &mut rng)];
+            let dy = T64::random(shape.with_channels(1), &mut rng);
+            let gradient = central_difference(naive, &x, 0, &dy);
+            everywhere(|isa, layout, label| {
+                let mut y = Buffer::unwritten(dy.shape, layout);
+                forward(isa, Buffer::new(&x[0], layout).view(), y.view_mut());
+                assert_close(label, &y.read(), &naive(&x), FORWARD);
+                let dy = Buffer::new(&dy, layout);
+                check_gradient(label, &gradient, layout, |dx, accumulate| {
+                    backward(isa, dy.view(), dx, accumulate);
+                });
+            });
+        }
+    }
+
+    #[test]
+    fn planes_longer_than_a_task_are_covered() {
+        let x = [T64::random(Shape::new(2, 3, 65, 67), &mut rng(5))];
+        assert!(x[0].shape.plane() > CHUNK && !x[0].shape.plane().is_multiple_of(CHUNK));
+        everywhere(|isa, layout, label| {
+            let mut y = Buffer::unwritten(x[0].shape.with_channels(1), layout);
+            forward(isa, Buffer::new(&x[0], layout).view(), y.view_mut());
+            assert_close(label, &y.read(), &naive(&x), FORWARD);
+        });
+    }
+}

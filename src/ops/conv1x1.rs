@@ -146,3 +146,126 @@ pub(super) fn sum_partials(partial: &[f32], total: &mut [f32]) {
         *t = sum as f32;
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    /// Inputs x, w (out x in), b, r.
+    fn naive(inputs: &[T64], act: Act) -> T64 {
+        let [x, w, b, r] = inputs else { panic!("four operands") };
+        T64::from_fn(r.shape, |n, o, y, col| {
+            let products = (0..x.shape.c).map(|i| w.at(o, i, 0, 0) * x.at(n, i, y, col));
+            let v = products.sum::<f64>() + b.data[o] + r.at(n, o, y, col);
+            match act {
+                Act::None => v,
+                Act::Relu => v.max(0.0),
+                Act::Sigmoid => 1.0 / (1.0 + (-v).exp()),
+            }
+        })
+    }
+
+    /// Random operands for N x in x H x W -> out; bias and residual are zeros unless asked for.
+    fn operands(x: Shape, out: usize, bias: bool, residual: bool) -> [T64; 4] {
+        let mut rng = rng(6);
+        let mut random = |shape, wanted: bool| {
+            let values = T64::random(shape, &mut rng);
+            if wanted { values } else { values.map(|_| 0.0) }
+        };
+        [
+            random(x, true),
+            random(Shape::new(out, x.c, 1, 1), true),
+            random(Shape::new(1, 1, 1, out), bias),
+            random(x.with_channels(out), residual),
+        ]
+    }
+
+    /// Odd, tiny and tile-crossing sizes, odd channel counts.
+    const CASES: [(Shape, usize); 5] = [
+        (Shape::new(1, 1, 1, 1), 1),
+        (Shape::new(3, 3, 5, 7), 2),
+        (Shape::new(2, 7, 1, 9), 13),
+        (Shape::new(3, 16, 5, 13), 6),
+        (Shape::new(1, 9, 11, 17), 19),
+    ];
+
+    #[test]
+    fn forward_with_every_epilogue() {
+        for (shape, out) in CASES {
+            for flags in 0..12 {
+                let (bias, residual) = (flags & 1 != 0, flags & 2 != 0);
+                let act = [Act::None, Act::Relu, Act::Sigmoid][flags / 4];
+                let inputs = operands(shape, out, bias, residual);
+                let expected = naive(&inputs, act);
+                let (w, b) = (inputs[1].f32(), inputs[2].f32());
+                everywhere(|isa, layout, label| {
+                    let x = Buffer::new(&inputs[0], layout);
+                    let r = Buffer::new(&inputs[3], layout);
+                    let mut y = Buffer::unwritten(expected.shape, layout);
+                    let b = bias.then_some(&b[..]);
+                    let r = residual.then(|| r.view());
+                    forward(isa, x.view(), &w, b, r, act, y.view_mut());
+                    let what = format!("{shape} -> {out}, {act:?}, {flags}, {label}");
+                    assert_close(&what, &y.read(), &expected, FORWARD);
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn backward_agrees_with_central_differences() {
+        for (shape, out) in CASES {
+            let inputs = operands(shape, out, true, false);
+            let dy = T64::random(inputs[3].shape, &mut rng(7));
+            let f = |inputs: &[T64]| naive(inputs, Act::None);
+            let [dx, dw, db] = [0, 1, 2].map(|i| central_difference(f, &inputs, i, &dy));
+            let w = inputs[1].f32();
+            everywhere(|isa, layout, label| {
+                let x = Buffer::new(&inputs[0], layout);
+                let dy = Buffer::new(&dy, layout);
+                let (mut w_grad, mut b_grad) = (vec![f32::NAN; w.len()], vec![f32::NAN; out]);
+                check_gradient(&format!("dx, {label}"), &dx, layout, |dx, accumulate| {
+                    let (x, dy, dx) = (x.view(), dy.view(), Some((dx, accumulate)));
+                    backward(isa, x, dy, &w, dx, &mut w_grad, Some(&mut b_grad));
+                });
+                assert_close(&format!("dw, {label}"), &T64::vector(&w_grad), &dw, BACKWARD);
+                assert_close(&format!("db, {label}"), &T64::vector(&b_grad), &db, BACKWARD);
+                let mut alone = vec![f32::NAN; w.len()];
+                backward(isa, x.view(), dy.view(), &w, None, &mut alone, None);
+                assert_eq!(alone, w_grad, "{label}: the same dw where dx is not wanted");
+            });
+        }
+    }
+
+    #[test]
+    fn weight_gradient_covers_planes_longer_than_a_chunk() {
+        let inputs = operands(Shape::new(2, 2, 95, 91), 2, true, false);
+        assert!(inputs[0].shape.plane() > GRADIENT_CHUNK);
+        let dy = T64::random(inputs[3].shape, &mut rng(8));
+        let f = |inputs: &[T64]| naive(inputs, Act::None);
+        let [dw, db] = [1, 2].map(|i| central_difference(f, &inputs, i, &dy));
+        everywhere(|isa, layout, label| {
+            let (x, dy) = (Buffer::new(&inputs[0], layout), Buffer::new(&dy, layout));
+            let (mut w_grad, mut b_grad) = (vec![f32::NAN; 4], vec![f32::NAN; 2]);
+            let w = inputs[1].f32();
+            backward(isa, x.view(), dy.view(), &w, None, &mut w_grad, Some(&mut b_grad));
+            assert_close(label, &T64::vector(&w_grad), &dw, BACKWARD);
+            assert_close(label, &T64::vector(&b_grad), &db, BACKWARD);
+        });
+    }
+
+    #[test]
+    fn nan_in_one_pixel_stays_in_that_pixel() {
+        let mut inputs = operands(Shape::new(1, 3, 5, 7), 4, true, false);
+        inputs[0].data[35 + 12] = f64::NAN;
+        everywhere(|isa, layout, label| {
+            let (x, w, b) = (Buffer::new(&inputs[0], layout), inputs[1].f32(), inputs[2].f32());
+            let mut y = Buffer::unwritten(inputs[3].shape, layout);
+            forward(isa, x.view(), &w, Some(&b), None, Act::Relu, y.view_mut());
+            for (i, v) in y.read().data.iter().enumerate() {
+                assert_eq!(v.is_nan(), i % 35 == 12, "{label}: element {i} is {v}");
+            }
+        });
+    }
+}

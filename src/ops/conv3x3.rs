@@ -147,3 +147,109 @@ impl Conv3x3 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    fn operator(inp: usize, out: usize, stride: usize, act: Act) -> Conv3x3 {
+        let weight = ParamId(0);
+        Conv3x3 { in_channels: inp, out_channels: out, stride, weight, bias: None, act }
+    }
+
+    /// Inputs x, w (out x in x 3 x 3), b.
+    fn naive(op: &Conv3x3, inputs: &[T64]) -> T64 {
+        let [x, w, b] = inputs else { panic!("three operands") };
+        let shape = op.shape(&[x.shape]).unwrap();
+        T64::from_fn(shape, |n, o, y, col| {
+            let mut v = b.data[o];
+            for (i, t) in (0..x.shape.c).flat_map(|i| (0..9).map(move |t| (i, t))) {
+                let (row, column) = (y * op.stride + t / 3, col * op.stride + t % 3);
+                v += w.at(o, i, t / 3, t % 3)
+                    * x.padded(n, i, row as isize - 1, column as isize - 1);
+            }
+            if op.act == Act::Relu { v.max(0.0) } else { v }
+        })
+    }
+
+    fn operands(x: Shape, out: usize, bias: bool) -> [T64; 3] {
+        let mut rng = rng(10);
+        let mut random = |shape| T64::random(shape, &mut rng);
+        let [x, w, b] = [x, Shape::new(out, x.c, 3, 3), Shape::new(1, 1, 1, out)].map(&mut random);
+        [x, w, if bias { b } else { b.map(|_| 0.0) }]
+    }
+
+    const CASES: [(Shape, usize); 5] = [
+        (Shape::new(1, 1, 1, 1), 1),
+        (Shape::new(1, 2, 2, 1), 3),
+        (Shape::new(3, 3, 5, 7), 4),
+        (Shape::new(2, 3, 9, 17), 7),
+        (Shape::new(1, 2, 3, 70), 16),
+    ];
+
+    #[test]
+    fn forward_agrees_with_the_naive_sum() {
+        for ((shape, out), stride) in CASES.into_iter().flat_map(|c| [(c, 1), (c, 2)]) {
+            for (bias, act) in [(false, Act::None), (true, Act::None), (true, Act::Relu)] {
+                let op = operator(shape.c, out, stride, act);
+                let inputs = operands(shape, out, bias);
+                let expected = naive(&op, &inputs);
+                let (w, b) = (inputs[1].f32(), inputs[2].f32());
+                everywhere(|isa, layout, label| {
+                    let mut y = Buffer::unwritten(expected.shape, layout);
+                    let x = Buffer::new(&inputs[0], layout);
+                    op.forward(isa, x.view(), &w, bias.then_some(&b[..]), y.view_mut());
+                    let what = format!("{shape}, stride {stride}, {act:?}, {label}");
+                    assert_close(&what, &y.read(), &expected, FORWARD);
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn parameter_gradients_agree_with_central_differences() {
+        for ((shape, out), stride) in CASES.into_iter().flat_map(|c| [(c, 1), (c, 2)]) {
+            check_parameter_gradients(shape, out, stride);
+        }
+    }
+
+    #[test]
+    fn parameter_gradients_cover_planes_longer_than_a_chunk() {
+        let shape = Shape::new(2, 1, 47, 61);
+        assert!(shape.plane() > GRADIENT_CHUNK);
+        check_parameter_gradients(shape, 2, 1);
+    }
+
+    fn check_parameter_gradients(shape: Shape, out: usize, stride: usize) {
+        let op = operator(shape.c, out, stride, Act::None);
+        let inputs = operands(shape, out, true);
+        let f = |inputs: &[T64]| naive(&op, inputs);
+        let dy = T64::random(op.shape(&[shape]).unwrap(), &mut rng(11));
+        let [dw, db] = [1, 2].map(|i| central_difference(f, &inputs, i, &dy));
+        everywhere(|isa, layout, label| {
+            let (x, dy) = (Buffer::new(&inputs[0], layout), Buffer::new(&dy, layout));
+            let (mut w_grad, mut b_grad) = (vec![f32::NAN; dw.data.len()], vec![f32::NAN; out]);
+            op.backward(isa, x.view(), dy.view(), &mut w_grad, Some(&mut b_grad));
+            let what = format!("{shape}, stride {stride}, {label}");
+            assert_close(&format!("dw, {what}"), &T64::vector(&w_grad), &dw, BACKWARD);
+            assert_close(&format!("db, {what}"), &T64::vector(&b_grad), &db, BACKWARD);
+        });
+    }
+
+    #[test]
+    fn nan_reaches_its_neighbourhood_through_the_relu() {
+        let op = operator(3, 4, 1, Act::Relu);
+        let mut inputs = operands(Shape::new(1, 3, 5, 7), 4, true);
+        inputs[0].data[35 + 2 * 7 + 3] = f64::NAN;
+        everywhere(|isa, layout, label| {
+            let (x, w, b) = (Buffer::new(&inputs[0], layout), inputs[1].f32(), inputs[2].f32());
+            let mut y = Buffer::unwritten(Shape::new(1, 4, 5, 7), layout);
+            op.forward(isa, x.view(), &w, Some(&b), y.view_mut());
+            let near = |i: usize| (i / 7 % 5).abs_diff(2) <= 1 && (i % 7).abs_diff(3) <= 1;
+            for (i, v) in y.read().data.iter().enumerate() {
+                assert_eq!(v.is_nan(), near(i), "{label}: element {i} is {v}");
+            }
+        });
+    }
+}

@@ -54,7 +54,8 @@ pub fn forward_backward(logits: View, labels: &[u8], dlogits: ViewMut) -> f32 {
                 for (i, &label) in labels.iter().enumerate() {
                     if let Some(class) = Some(usize::from(label)).filter(|&l| l < shape.c) {
                         let z = logits.plane(n, class)[start + i];
-                        loss += f64::from(sum[i].ln() + max[i] - z);
+                        // max - z first: it is often 0, where ln(sum) + max would lose digits.
+                        loss += f64::from(sum[i].ln() + (max[i] - z));
                         sum[i] = scale / sum[i];
                     } else {
                         sum[i] = 0.0;
@@ -95,4 +96,134 @@ fn exp(x: f32) -> f32 {
     let exponent = (shifted.to_bits() << 23).wrapping_add(0x3f80_0000);
     let y = p * f32::from_bits(exponent);
     if x < -87.0 { 0.0 } else { y }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Shape;
+    use crate::ops::testing::*;
+    use rand::RngExt;
+
+    /// Mean over labelled pixels, as a 1 x 1 x 1 x 1 tensor.
+    fn naive(logits: &T64, labels: &[u8]) -> T64 {
+        let s = logits.shape;
+        let (mut sum, mut count) = (0.0, 0.0);
+        for (i, &label) in labels.iter().enumerate().filter(|(_, l)| usize::from(**l) < s.c) {
+            let (n, p) = (i / s.plane(), i % s.plane());
+            let z = |c: usize| logits.at(n, c, p / s.w, p % s.w);
+            let max = (0..s.c).map(z).fold(f64::MIN, f64::max);
+            let total: f64 = (0..s.c).map(|c| (z(c) - max).exp()).sum();
+            sum += total.ln() + max - z(usize::from(label));
+            count += 1.0;
+        }
+        T64::collect(std::iter::once(sum / f64::max(count, 1.0)))
+    }
+
+    /// Labels of all classes, with some void and some other value outside the classes.
+    fn labels(shape: Shape, seed: u64) -> Vec<u8> {
+        let mut rng = rng(seed);
+        let label = |_| match rng.random_range(0..shape.c + 2) {
+            c if c < shape.c => c as u8,
+            c if c == shape.c => VOID,
+            _ => shape.c as u8,
+        };
+        (0..shape.n * shape.plane()).map(label).collect()
+    }
+
+    const LAYOUTS: [crate::graph::PlaneLayout; 2] =
+        [crate::graph::PlaneLayout::Dense, crate::graph::PlaneLayout::CachePadded];
+
+    #[test]
+    fn loss_and_gradient_agree_with_the_naive_ones() {
+        let shapes = [Shape::new(3, 5, 5, 7), Shape::new(1, 2, 1, 3), Shape::new(2, 19, 3, 3)];
+        for (i, shape) in shapes.into_iter().enumerate() {
+            let logits = [T64::random(shape, &mut rng(50)).map(|v| 5.0 * v)];
+            let labels = labels(shape, 51 + i as u64);
+            let f = |x: &[T64]| naive(&x[0], &labels);
+            let one = T64::collect(std::iter::once(1.0));
+            let gradient = central_difference(f, &logits, 0, &one);
+            for layout in LAYOUTS {
+                let z = Buffer::new(&logits[0], layout);
+                let mut dz = Buffer::unwritten(shape, layout);
+                let loss = forward_backward(z.view(), &labels, dz.view_mut());
+                let what = format!("{shape}, {layout:?}");
+                // Absolute below 1: 1 + exp(z - max) rounds at 6e-8 however small the loss.
+                let error = (f64::from(loss) - f(&logits).data[0]).abs();
+                assert!(error <= FORWARD * f64::from(loss).max(1.0), "{what}: {error:e}");
+                let found = dz.read();
+                assert_close(&what, &found, &gradient, BACKWARD);
+                for (p, _) in labels.iter().enumerate().filter(|(_, l)| usize::from(**l) >= shape.c)
+                {
+                    let (n, p) = (p / shape.plane(), p % shape.plane());
+                    for c in 0..shape.c {
+                        assert_eq!(found.at(n, c, p / shape.w, p % shape.w), 0.0, "void pixel");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn planes_longer_than_a_task() {
+        let shape = Shape::new(2, 3, 47, 61);
+        assert!(shape.plane() > CHUNK);
+        let logits = T64::random(shape, &mut rng(60)).map(|v| 5.0 * v);
+        let labels = labels(shape, 61);
+        let z = Buffer::new(&logits, LAYOUTS[1]);
+        let mut dz = Buffer::unwritten(shape, LAYOUTS[1]);
+        let loss = forward_backward(z.view(), &labels, dz.view_mut());
+        assert_close("loss", &T64::vector(&[loss]), &naive(&logits, &labels), FORWARD);
+        // Softmax sums to 1: the gradient of each pixel sums to 0, up to f32 of 1 / M.
+        let dz = dz.read();
+        for (n, p) in (0..2).flat_map(|n| (0..shape.plane()).map(move |p| (n, p))) {
+            let sum: f64 = (0..3).map(|c| dz.at(n, c, p / shape.w, p % shape.w)).sum();
+            assert!(sum.abs() < 1e-6 / 2000.0, "{sum}");
+        }
+    }
+
+    #[test]
+    fn without_labels_loss_and_gradient_are_zero() {
+        let shape = Shape::new(1, 3, 5, 7);
+        let z = Buffer::new(&T64::random(shape, &mut rng(62)), LAYOUTS[0]);
+        let mut dz = Buffer::unwritten(shape, LAYOUTS[0]);
+        assert_eq!(forward_backward(z.view(), &[VOID; 35], dz.view_mut()), 0.0);
+        assert!(dz.read().data.iter().all(|&v| v == 0.0));
+    }
+
+    #[test]
+    fn extreme_logits_neither_overflow_nor_hide_nan() {
+        let shape = Shape::new(1, 3, 1, 1);
+        let loss = |z: [f32; 3], label| {
+            let mut dz = [f32::NAN; 3];
+            let view = ViewMut::dense(&mut dz, shape);
+            let loss = forward_backward(View::dense(&z, shape), &[label], view);
+            (loss, dz)
+        };
+        assert_eq!(loss([1e4, -1e4, 0.0], 0), (0.0, [0.0, 0.0, 0.0]));
+        assert_eq!(loss([1e4, -1e4, 0.0], 1), (2e4, [1.0, -1.0, 0.0]));
+        for i in 0..3 {
+            let mut z = [0.5, -0.5, 0.0];
+            z[i] = f32::NAN;
+            for label in 0..3 {
+                let (loss, dz) = loss(z, label);
+                assert!(loss.is_nan() && dz.iter().any(|v| v.is_nan()), "{i}, {label}: {dz:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn exponential_is_good_to_two_units_in_the_last_place() {
+        for i in 0..=87_000 {
+            let x = -(i as f32) / 1000.0;
+            let exact = f64::from(x).exp();
+            let ulp = f64::from((exact as f32).next_up()) - f64::from(exact as f32);
+            let error = (f64::from(exp(x)) - exact).abs() / ulp;
+            assert!(error <= 2.0, "exp({x}): {error} units");
+        }
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-88.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
 }

@@ -38,3 +38,38 @@ pub fn backward(dy: View, dx: ViewMut, accumulate: bool) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    fn naive(inputs: &[T64]) -> T64 {
+        let x = &inputs[0];
+        let plane = x.shape.plane();
+        T64::from_fn(Shape::new(x.shape.n, x.shape.c, 1, 1), |n, c, _, _| {
+            let start = (n * x.shape.c + c) * plane;
+            x.data[start..start + plane].iter().sum::<f64>() / plane as f64
+        })
+    }
+
+    #[test]
+    fn mean_of_planes_and_its_gradient() {
+        for shape in [Shape::new(1, 1, 1, 1), Shape::new(3, 2, 5, 7), Shape::new(2, 3, 9, 13)] {
+            let mut rng = rng(3);
+            let x = [T64::random(shape, &mut rng)];
+            let expected = naive(&x);
+            let dy = T64::random(expected.shape, &mut rng);
+            let gradient = central_difference(naive, &x, 0, &dy);
+            everywhere(|isa, layout, label| {
+                let mut y = Buffer::unwritten(expected.shape, layout);
+                forward(isa, Buffer::new(&x[0], layout).view(), y.view_mut());
+                assert_close(label, &y.read(), &expected, FORWARD);
+                let dy = Buffer::new(&dy, layout);
+                check_gradient(label, &gradient, layout, |dx, accumulate| {
+                    backward(dy.view(), dx, accumulate);
+                });
+            });
+        }
+    }
+}

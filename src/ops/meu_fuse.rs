@@ -147,3 +147,85 @@ pub struct MeuBackward<'a> {
     /// Gradient of sa.
     pub dsa: Option<(ViewMut<'a>, bool)>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::resize::tests::naive_resize;
+    use crate::ops::testing::*;
+
+    /// Inputs h, l, ca and perhaps sa.
+    fn naive(inputs: &[T64]) -> T64 {
+        let (l, ca) = (&inputs[1], &inputs[2]);
+        let up = naive_resize(&inputs[0], l.shape.h, l.shape.w);
+        T64::from_fn(l.shape, |n, c, y, x| {
+            let gate = inputs.get(3).map_or(1.0, |sa| sa.at(n, 0, y, x));
+            l.at(n, c, y, x) * ca.at(n, c, 0, 0) + up.at(n, c, y, x) * gate
+        })
+    }
+
+    /// Batch and channels, (h, w) of the high and of the low level.
+    const CASES: [(usize, usize, (usize, usize), (usize, usize)); 5] = [
+        (1, 1, (1, 1), (1, 1)),
+        (3, 2, (3, 4), (5, 7)),
+        (2, 3, (3, 4), (6, 8)),
+        (1, 2, (1, 1), (2, 1)),
+        (1, 5, (2, 9), (3, 18)),
+    ];
+
+    #[test]
+    fn fusion_and_the_gradients_of_all_operands() {
+        for ((n, c, (h, w), (lh, lw)), spatial) in
+            CASES.into_iter().flat_map(|c| [(c, true), (c, false)])
+        {
+            let (high, low) = (Shape::new(n, c, h, w), Shape::new(n, c, lh, lw));
+            let mut shapes = vec![high, low, Shape::new(n, c, 1, 1)];
+            shapes.extend(spatial.then_some(low.with_channels(1)));
+            let op = MeuFuse { spatial };
+            assert_eq!(op.shape(&shapes), Ok(low));
+            let mut rng = rng(30);
+            let inputs: Vec<T64> = shapes.iter().map(|&s| T64::random(s, &mut rng)).collect();
+            let dy = T64::random(low, &mut rng);
+            let expected = naive(&inputs);
+            let gradients: Vec<T64> =
+                (0..inputs.len()).map(|i| central_difference(naive, &inputs, i, &dy)).collect();
+            everywhere(|isa, layout, label| {
+                let operands: Vec<Buffer> = inputs.iter().map(|t| Buffer::new(t, layout)).collect();
+                let [h, l, ca] = [0, 1, 2].map(|i| operands[i].view());
+                let sa = operands.get(3).map(Buffer::view);
+                let mut y = Buffer::unwritten(low, layout);
+                op.forward(isa, h, l, ca, sa, y.view_mut());
+                let what = format!("{high}, {low}, spatial {spatial}, {label}");
+                assert_close(&what, &y.read(), &expected, FORWARD);
+
+                let dy = Buffer::new(&dy, layout);
+                for (which, gradient) in gradients.iter().enumerate() {
+                    let what = format!("operand {which}, {what}");
+                    check_gradient(&what, gradient, layout, |target, accumulate| {
+                        let mut others: Vec<Buffer> =
+                            shapes.iter().map(|&s| Buffer::unwritten(s, layout)).collect();
+                        let mut views: Vec<(ViewMut, bool)> =
+                            others.iter_mut().map(|b| (b.view_mut(), false)).collect();
+                        views[which] = (target, accumulate);
+                        let [dh, dl, dca] = [views[0], views[1], views[2]];
+                        let dsa = views.get(3).copied();
+                        let dy = dy.view();
+                        op.backward(isa, MeuBackward { h, l, ca, sa, dy, dh, dl, dca, dsa });
+                    });
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn operands_that_do_not_fit_are_refused() {
+        let (h, l) = (Shape::new(2, 4, 3, 3), Shape::new(2, 4, 5, 6));
+        let (ca, sa) = (Shape::new(2, 4, 1, 1), Shape::new(2, 1, 5, 6));
+        let with = MeuFuse { spatial: true };
+        assert!(with.shape(&[h, l, ca, sa]).is_ok());
+        assert!(with.shape(&[h, l, ca]).is_err());
+        assert!(with.shape(&[h, l, sa, ca]).is_err());
+        assert!(with.shape(&[h.with_channels(5), l, ca, sa]).is_err());
+        assert!(MeuFuse { spatial: false }.shape(&[h, l, ca, sa]).is_err());
+    }
+}

@@ -184,3 +184,88 @@ pub fn argmax(isa: Isa, scores: View, out_h: usize, out_w: usize, labels: &mut [
 pub fn argmax_nchw(logits: &[f32], shape: Shape, out_h: usize, out_w: usize, labels: &mut [u8]) {
     argmax(Isa::detect(), View::dense(logits, shape), out_h, out_w, labels);
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    /// Bilinear with half-pixel centres, straight from its definition: a hat of width 1 around
+    /// the source position, with positions outside clamped to the border.
+    pub(crate) fn naive_resize(input: &T64, h: usize, w: usize) -> T64 {
+        let s = input.shape;
+        let hat = |i: usize, out: usize, size: usize, j: usize| {
+            let position = (i as f64 + 0.5) * size as f64 / out as f64 - 0.5;
+            (1.0 - (position.clamp(0.0, (size - 1) as f64) - j as f64).abs()).max(0.0)
+        };
+        T64::from_fn(Shape { h, w, ..s }, |n, c, y, x| {
+            let rows = (0..s.h).filter(|&j| hat(y, h, s.h, j) > 0.0);
+            rows.map(|j| {
+                let row = (0..s.w).map(|k| hat(x, w, s.w, k) * input.at(n, c, j, k)).sum::<f64>();
+                hat(y, h, s.h, j) * row
+            })
+            .sum()
+        })
+    }
+
+    /// (h, w) of source and target: twice as large, odd ratios, equal, smaller, one pixel.
+    const SIZES: [((usize, usize), (usize, usize)); 8] = [
+        ((3, 4), (6, 8)),
+        ((3, 4), (5, 7)),
+        ((5, 7), (5, 7)),
+        ((6, 5), (3, 2)),
+        ((1, 1), (1, 1)),
+        ((1, 1), (4, 2)),
+        ((2, 9), (17, 18)),
+        ((3, 2), (23, 37)),
+    ];
+
+    #[test]
+    fn forward_and_backward_agree_with_the_definition() {
+        for (((h, w), (oh, ow)), n) in SIZES.into_iter().flat_map(|s| [(s, 1), (s, 3)]) {
+            let mut rng = rng(40);
+            let x = [T64::random(Shape::new(n, 2, h, w), &mut rng)];
+            let f = |x: &[T64]| naive_resize(&x[0], oh, ow);
+            let expected = f(&x);
+            let dy = T64::random(expected.shape, &mut rng);
+            let gradient = central_difference(f, &x, 0, &dy);
+            everywhere(|isa, layout, label| {
+                let what = format!("{h}x{w} -> {oh}x{ow}, {label}");
+                let mut y = Buffer::unwritten(expected.shape, layout);
+                forward(isa, Buffer::new(&x[0], layout).view(), y.view_mut());
+                assert_close(&what, &y.read(), &expected, FORWARD);
+                let dy = Buffer::new(&dy, layout);
+                check_gradient(&what, &gradient, layout, |dx, accumulate| {
+                    backward(isa, dy.view(), dx, accumulate);
+                });
+            });
+        }
+    }
+
+    #[test]
+    fn labels_are_the_largest_of_the_resized_scores() {
+        for ((h, w), (oh, ow)) in SIZES {
+            let scores = T64::random(Shape::new(3, 5, h, w), &mut rng(41));
+            let resized = naive_resize(&scores, oh, ow);
+            everywhere(|isa, layout, label| {
+                let mut labels = vec![255u8; 3 * oh * ow];
+                argmax(isa, Buffer::new(&scores, layout).view(), oh, ow, &mut labels);
+                for (i, &found) in labels.iter().enumerate() {
+                    let (n, y, x) = (i / ow / oh, i / ow % oh, i % ow);
+                    let at = |c: usize| resized.at(n, c, y, x);
+                    let best = (0..5).map(at).fold(f64::MIN, f64::max);
+                    // f32 may swap classes that are equal up to its rounding.
+                    assert!(at(usize::from(found)) > best - 1e-6, "{h}x{w} -> {oh}x{ow}, {label}");
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn ties_go_to_the_smaller_class() {
+        let scores = T64::from_fn(Shape::new(1, 4, 2, 3), |_, c, _, _| [0.0, 1.0, 1.0, 0.5][c]);
+        let mut labels = vec![255u8; 5 * 7];
+        argmax_nchw(&scores.f32(), scores.shape, 5, 7, &mut labels);
+        assert!(labels.iter().all(|&l| l == 1), "{labels:?}");
+    }
+}

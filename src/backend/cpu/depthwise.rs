@@ -305,3 +305,109 @@ impl Kernel for WeightGradient<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Shape;
+    use crate::ops::testing::{T64, relative_l2, rng};
+
+    /// Height, width, dilation, stride: widths around vectors of 8 and 16, one pixel, dilations
+    /// past the plane.
+    fn geometries() -> impl Iterator<Item = (usize, usize, usize, usize)> {
+        let sizes = [(1, 1), (2, 1), (3, 7), (4, 8), (5, 15), (2, 16), (3, 17), (6, 33), (1, 64)];
+        let dilated = sizes.into_iter().flat_map(|(h, w)| [1, 2, 3, 4, 8].map(|d| (h, w, d)));
+        dilated.flat_map(|(h, w, d)| [(h, w, d, 1), (h, w, d, 2)])
+    }
+
+    /// Input at tap t of output (row, col), zero outside.
+    fn tap(x: &T64, d: usize, stride: usize, (row, col): (usize, usize), t: usize) -> f64 {
+        let offset = |at: usize, k: usize| (at * stride + k * d) as isize - d as isize;
+        x.padded(0, 0, offset(row, t / 3), offset(col, t % 3))
+    }
+
+    /// A copy in dirty memory: nothing of what was there may show.
+    fn copy(padded: &Padded, isa: Isa, x: &T64, y: Option<&T64>) -> Vec<f32> {
+        let mut copy = vec![f32::NAN; padded.len()];
+        padded.clear_border(&mut copy);
+        let y = y.map(T64::f32);
+        padded.fill(isa, &x.f32(), y.as_deref(), &mut copy);
+        copy
+    }
+
+    #[test]
+    fn every_instruction_set_agrees_with_the_naive_sum() {
+        for (h, w, d, stride) in geometries() {
+            let mut rng = rng(80);
+            let x = T64::random(Shape::new(1, 1, h, w), &mut rng);
+            let y = T64::random(x.shape, &mut rng);
+            let weights = T64::random(Shape::new(1, 1, 3, 3), &mut rng);
+            let padded = Padded::new(h, w, d, stride);
+            let (oh, ow) = padded.output();
+            assert_eq!((oh, ow), ((h - 1) / stride + 1, (w - 1) / stride + 1));
+            let before = T64::random(Shape::new(1, 1, oh, ow), &mut rng);
+            let positions = || (0..oh).flat_map(move |r| (0..ow).map(move |c| (r, c)));
+            let expect = |input: &T64| -> Vec<f64> {
+                let sum = |p| (0..9).map(|t| weights.data[t] * tap(input, d, stride, p, t)).sum();
+                positions().map(sum).collect()
+            };
+            let plain = expect(&x);
+            let relu: Vec<f64> = plain.iter().map(|v| (v + 0.25).max(0.0)).collect();
+            let added: Vec<f64> = plain.iter().zip(&before.data).map(|(a, b)| a + b).collect();
+            for isa in Isa::available() {
+                let check = |what: &str, found: &[f32], expected: &[f64]| {
+                    let error = relative_l2(&T64::vector(found).data, expected);
+                    let label = format!("{what}, {isa:?}, {h}x{w}, dilation {d}, stride {stride}");
+                    // Sums of ten f32 terms.
+                    assert!(error <= 1e-6, "{label}: {error:e}");
+                };
+                let memory = copy(&padded, isa, &x, None);
+                let k = weights.f32();
+                let mut out = vec![f32::NAN; oh * ow];
+                padded.correlate(isa, &memory, &k, false, &mut out);
+                check("correlate", &out, &plain);
+                padded.convolve(isa, &memory, &k, 0.25, true, &mut out);
+                check("bias and ReLU", &out, &relu);
+                let mut out = before.f32();
+                padded.correlate(isa, &memory, &k, true, &mut out);
+                check("accumulate", &out, &added);
+
+                let mut dw = [0.5f64; 9];
+                padded.weight_gradient(isa, &memory, &before.f32(), &mut dw);
+                let gradient = |t: usize| {
+                    let terms = positions().zip(&before.data);
+                    0.5 + terms.map(|(p, du)| du * tap(&x, d, stride, p, t)).sum::<f64>()
+                };
+                let expected: Vec<f64> = (0..9).map(gradient).collect();
+                check("weight gradient", &dw.map(|v| v as f32), &expected);
+
+                if stride == 1 {
+                    let memory = copy(&padded, isa, &x, Some(&y));
+                    let mut out = vec![f32::NAN; oh * ow];
+                    padded.correlate(isa, &memory, &k, false, &mut out);
+                    check("sum of two planes", &out, &expect(&x.plus(&y)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nan_reaches_the_outputs_that_see_it_and_no_other() {
+        for (h, w, d, stride) in geometries() {
+            let mut x = T64::random(Shape::new(1, 1, h, w), &mut rng(81));
+            let last = h * w - 1;
+            x.data[last] = f64::NAN;
+            let padded = Padded::new(h, w, d, stride);
+            let (oh, ow) = padded.output();
+            for isa in Isa::available() {
+                let memory = copy(&padded, isa, &x, None);
+                let mut out = vec![0.0; oh * ow];
+                padded.convolve(isa, &memory, &[1.0; 9], 0.0, true, &mut out);
+                for (i, v) in out.iter().enumerate() {
+                    let sees = (0..9).any(|t| tap(&x, d, stride, (i / ow, i % ow), t).is_nan());
+                    assert_eq!(v.is_nan(), sees, "{isa:?}, {h}x{w}, {d}, {stride}: {i} is {v}");
+                }
+            }
+        }
+    }
+}
