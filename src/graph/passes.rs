@@ -197,3 +197,7 @@ fn fold_batch_norms(graph: &Graph, old: &ParamStore) -> (Graph, ParamStore) {
     };
     (graph, params)
 }
+
+#[cfg(test)]
+#[path = "passes_tests.rs"]
+mod tests;
