@@ -1,4 +1,8 @@
-//! Build-time choices: whether the trained weights are there to be put into the binary.
+//! Build-time choices: whether the trained weights are there to be put into the binary, and the
+//! kernels for the emulated device.
+
+#[path = "build/host_kernels.rs"]
+mod host_kernels;
 
 use std::path::Path;
 
@@ -7,7 +11,9 @@ const BUNDLED: &str = "models/fpenet-camvid.safetensors";
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
     bundle_model();
+    host_kernels::build();
 }
 
 /// Sets `cfg(bundled_model)` where the trained weights exist: a checkout without them still builds,

@@ -1,0 +1,120 @@
+// Fusion of a mutual-embedding upsampling module (paper, section 3.2):
+// out = l * ca + upsample(h) * sa, with U = upsample(h)
+//   dl = dy * ca,  dca[c] = sum over p of dy * l,  dsa[p] = sum over c of dy * U,
+//   dh = upsample^T(dy * sa).
+//
+// Forward: a thread makes one pixel of 8 channels. Bytes: l and out once, h once (its reuse is in
+// L1), sa once per 8 channels. Block (32, 8), grid (tiles, groups of 8 channels, N).
+// Backward: low (dl and dca: a block of 256 threads per plane, 32 floats of shared memory), spatial
+// (dsa: a thread per pixel over all channels), high (dh: a thread per low-resolution pixel gathers).
+// `sa` is null without spatial attention (then 1). Bound by memory throughout.
+#include "bilinear.cuh"
+
+namespace {
+
+constexpr int MEU_CHANNELS = 8;
+
+template <typename T>
+__device__ __forceinline__ void meu_fuse_forward(const T* __restrict__ h, const T* __restrict__ l,
+                                                 const T* __restrict__ ca,
+                                                 const T* __restrict__ sa, T* __restrict__ y,
+                                                 int channels, int in_h, int in_w, int out_h,
+                                                 int out_w, int h_batch, int h_plane, int l_batch,
+                                                 int l_plane, int ca_batch, int ca_plane,
+                                                 int sa_batch, int y_batch, int y_plane) {
+    const int tiles_x = (out_w + 31) / 32;
+    const int ox = blockIdx.x % tiles_x * 32 + threadIdx.x;
+    const int oy = blockIdx.x / tiles_x * 8 + threadIdx.y;
+    if (ox >= out_w || oy >= out_h) return;
+    const Tap row = tap(oy, in_h, out_h), column = tap(ox, in_w, out_w);
+    const size_t p = static_cast<size_t>(oy) * out_w + ox;
+    const float gate = sa != nullptr ? load(sa + plane_at(blockIdx.z, sa_batch, 0, 0) + p) : 1.0f;
+    const int last = min(channels, (static_cast<int>(blockIdx.y) + 1) * MEU_CHANNELS);
+    for (int c = blockIdx.y * MEU_CHANNELS; c < last; ++c) {
+        const float up = sample(h + plane_at(blockIdx.z, h_batch, c, h_plane), in_w, row, column);
+        const float low = load(l + plane_at(blockIdx.z, l_batch, c, l_plane) + p);
+        const float open = load(ca + plane_at(blockIdx.z, ca_batch, c, ca_plane));
+        store(y + plane_at(blockIdx.z, y_batch, c, y_plane) + p, up * gate + low * open);
+    }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256)
+    meu_fuse_forward_f32(const float* h, const float* l, const float* ca, const float* sa, float* y,
+                         int channels, int in_h, int in_w, int out_h, int out_w, int h_batch,
+                         int h_plane, int l_batch, int l_plane, int ca_batch, int ca_plane,
+                         int sa_batch, int y_batch, int y_plane) {
+    meu_fuse_forward(h, l, ca, sa, y, channels, in_h, in_w, out_h, out_w, h_batch, h_plane, l_batch,
+                     l_plane, ca_batch, ca_plane, sa_batch, y_batch, y_plane);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    meu_fuse_forward_f16(const __half* h, const __half* l, const __half* ca, const __half* sa,
+                         __half* y, int channels, int in_h, int in_w, int out_h, int out_w,
+                         int h_batch, int h_plane, int l_batch, int l_plane, int ca_batch,
+                         int ca_plane, int sa_batch, int y_batch, int y_plane) {
+    meu_fuse_forward(h, l, ca, sa, y, channels, in_h, in_w, out_h, out_w, h_batch, h_plane, l_batch,
+                     l_plane, ca_batch, ca_plane, sa_batch, y_batch, y_plane);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    meu_fuse_backward_low_f32(const float* __restrict__ dy, const float* __restrict__ l,
+                              const float* __restrict__ ca, float* dl, float* dca, int accumulate_l,
+                              int accumulate_ca, int pixels, int dy_batch, int dy_plane,
+                              int l_batch, int l_plane, int ca_batch, int ca_plane, int dl_batch,
+                              int dl_plane, int dca_batch, int dca_plane) {
+    __shared__ float shared[32];
+    dy += plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane);
+    l += plane_at(blockIdx.z, l_batch, blockIdx.y, l_plane);
+    dl += plane_at(blockIdx.z, dl_batch, blockIdx.y, dl_plane);
+    const float open = ca[plane_at(blockIdx.z, ca_batch, blockIdx.y, ca_plane)];
+    float sum[1] = {0.0f};
+    for (int i = threadIdx.x; i < pixels; i += blockDim.x) {
+        const float g = dy[i];
+        sum[0] += g * l[i];
+        dl[i] = accumulate_l ? dl[i] + g * open : g * open;
+    }
+    block_sum(sum, shared);
+    if (threadIdx.x == 0) {
+        float* target = dca + plane_at(blockIdx.z, dca_batch, blockIdx.y, dca_plane);
+        *target = accumulate_ca ? *target + sum[0] : sum[0];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    meu_fuse_backward_spatial_f32(const float* __restrict__ dy, const float* __restrict__ h,
+                                  float* dsa, int accumulate, int channels, int in_h, int in_w,
+                                  int out_h, int out_w, int dy_batch, int dy_plane, int h_batch,
+                                  int h_plane, int dsa_batch) {
+    const int tiles_x = (out_w + 31) / 32;
+    const int ox = blockIdx.x % tiles_x * 32 + threadIdx.x;
+    const int oy = blockIdx.x / tiles_x * 8 + threadIdx.y;
+    if (ox >= out_w || oy >= out_h) return;
+    const Tap row = tap(oy, in_h, out_h), column = tap(ox, in_w, out_w);
+    const size_t p = static_cast<size_t>(oy) * out_w + ox;
+    float sum = 0.0f;
+    for (int c = 0; c < channels; ++c) {
+        const float up = sample(h + plane_at(blockIdx.z, h_batch, c, h_plane), in_w, row, column);
+        sum += dy[plane_at(blockIdx.z, dy_batch, c, dy_plane) + p] * up;
+    }
+    float* target = dsa + plane_at(blockIdx.z, dsa_batch, 0, 0) + p;
+    *target = accumulate ? *target + sum : sum;
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    meu_fuse_backward_high_f32(const float* __restrict__ dy, const float* __restrict__ sa, float* dh,
+                               int accumulate, int in_h, int in_w, int out_h, int out_w,
+                               int dy_batch, int dy_plane, int sa_batch, int dh_batch,
+                               int dh_plane) {
+    const int tiles_x = (in_w + 31) / 32;
+    const int qx = blockIdx.x % tiles_x * 32 + threadIdx.x;
+    const int qy = blockIdx.x / tiles_x * 8 + threadIdx.y;
+    if (qx >= in_w || qy >= in_h) return;
+    dy += plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane);
+    if (sa != nullptr) sa += plane_at(blockIdx.z, sa_batch, 0, 0);
+    float* target = dh + plane_at(blockIdx.z, dh_batch, blockIdx.y, dh_plane) +
+                    static_cast<size_t>(qy) * in_w + qx;
+    const float g = sample_transposed(dy, sa, qy, qx, in_h, in_w, out_h, out_w);
+    *target = accumulate ? *target + g : g;
+}

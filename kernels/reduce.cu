@@ -1,0 +1,34 @@
+// Sums in two levels, both in a fixed order: the same result on every run, no atomics.
+//
+// channel_sum: partial[part][c] = sum of a piece of 4096 pixels of channel c; a part is an image's
+// piece. Reads every element once. 256 threads, grid (pieces, C, N), 32 floats of shared memory.
+// sum_partials: out[i] = sum over parts of partial[part][i], in double. A thread per i.
+#include "common.cuh"
+
+// partial is (N * pieces) x C.
+extern "C" __global__ void channel_sum_f32(const float* __restrict__ x, float* __restrict__ partial,
+                                           int pixels, int x_batch, int x_plane) {
+    __shared__ float shared[32];
+    x += plane_at(blockIdx.z, x_batch, blockIdx.y, x_plane);
+    const int first = blockIdx.x * REDUCTION_PIXELS + threadIdx.x;
+    float sum[1] = {0.0f};
+#pragma unroll
+    for (int k = 0; k < REDUCTION_PER_THREAD; ++k) {
+        const int i = first + k * REDUCTION_THREADS;
+        if (i < pixels) sum[0] += x[i];
+    }
+    block_sum(sum, shared);
+    if (threadIdx.x == 0) {
+        const size_t part = static_cast<size_t>(blockIdx.z) * gridDim.x + blockIdx.x;
+        partial[part * gridDim.y + blockIdx.y] = sum[0];
+    }
+}
+
+extern "C" __global__ void sum_partials_f32(const float* __restrict__ partial,
+                                            float* __restrict__ out, int parts, int len) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= len) return;
+    double sum = 0.0;
+    for (int part = 0; part < parts; ++part) sum += partial[static_cast<size_t>(part) * len + i];
+    out[i] = static_cast<float>(sum);
+}
