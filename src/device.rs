@@ -65,11 +65,7 @@ pub fn open(
         DeviceChoice::Auto => open_cuda(precision).or_else(|_| open_cpu(precision, threads)),
         DeviceChoice::Cpu => open_cpu(precision, threads),
         DeviceChoice::Cuda => open_cuda(precision),
-        DeviceChoice::Emulated => Err(Error::Device {
-            device: "emulated".into(),
-            problem: "this build does not hold the emulated kernels".into(),
-            remedy: "use --device cpu".into(),
-        }),
+        DeviceChoice::Emulated => open_emulated(precision),
     }
 }
 
@@ -103,6 +99,20 @@ fn open_cpu(precision: Precision, threads: Option<usize>) -> Result<Box<dyn Back
                 .into(),
         )),
     }
+}
+
+#[cfg(emulated_kernels)]
+fn open_emulated(precision: Precision) -> Result<Box<dyn Backend>> {
+    Ok(crate::backend::gpu::emulated::open(precision))
+}
+
+#[cfg(not(emulated_kernels))]
+fn open_emulated(_precision: Precision) -> Result<Box<dyn Backend>> {
+    Err(Error::Device {
+        device: "emulated".into(),
+        problem: "this build does not hold the emulated kernels".into(),
+        remedy: "build on x86-64 Linux with g++ installed, or use --device cpu".into(),
+    })
 }
 
 fn open_cuda(_precision: Precision) -> Result<Box<dyn Backend>> {

@@ -2,6 +2,7 @@
 //! grid, block and shared memory are the same on a real and on the emulated device.
 
 use super::device::{Buffer, Element, Place};
+use crate::graph::Shape;
 
 /// An argument of a kernel, in the order of its declaration.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,7 +37,7 @@ impl From<Buffer> for Arg {
 
 impl From<usize> for Arg {
     fn from(value: usize) -> Self {
-        // Sizes and strides of one image; the plan refuses what does not fit (`check_sizes`).
+        // Sizes and strides of one image; what does not fit is refused (`lower::check_sizes`).
         Arg::I32(value as i32)
     }
 }
@@ -81,8 +82,8 @@ pub struct Matrix {
     pub transposed: bool,
 }
 
-/// C = A B + beta C for row-major matrices: A is m x k, B is k x n, C is m x n. All three are
-/// stored as `element`; products are added up in f32 (TF32 off).
+/// C = A B + beta C for row-major matrices: A is m x k, B is k x n, C is m x n. Products are added up
+/// in f32 (TF32 off).
 ///
 /// For a column-major BLAS: C^T = B^T A^T, so pass B first, A second, with n and m swapped.
 #[derive(Debug, Clone, PartialEq)]
@@ -103,8 +104,10 @@ pub struct Gemm {
     pub c: Matrix,
     /// 0 to overwrite C (which may hold anything, NaN included), 1 to add to it.
     pub beta: f32,
-    /// Storage of all three.
+    /// Storage of A and B.
     pub element: Element,
+    /// Storage of C: that of A and B, or f32.
+    pub result: Element,
 }
 
 /// What a step of a plan becomes.
@@ -114,4 +117,177 @@ pub enum Command {
     Launch(Launch),
     /// A matrix product.
     Gemm(Gemm),
+}
+
+/// Pixels of a block in elementwise kernels: 256 threads, PIXELS_PER_THREAD (common.cuh) each.
+const ELEMENTWISE_PIXELS: usize = 1024;
+/// Pixels of a block in reductions: REDUCTION_PIXELS of common.cuh.
+const REDUCTION_PIXELS: usize = 4096;
+/// Threads of most kernels.
+const THREADS: u32 = 256;
+/// Channels that a thread of the interpolating kernels works through (resize.cu, meu_fuse.cu).
+const CHANNELS_PER_THREAD: usize = 8;
+
+fn grid(x: usize, y: usize, z: usize) -> [u32; 3] {
+    // Pixels / 256, channels, images: far below the limits 2^31 - 1, 65535, 65535.
+    [x as u32, y as u32, z as u32]
+}
+
+fn launch(kernel: &'static str, grid: [u32; 3], block: [u32; 3], args: Vec<Arg>) -> Launch {
+    Launch { kernel, grid, block, shared_bytes: 0, args }
+}
+
+/// Elementwise over the planes of a tensor.
+pub fn planes(kernel: &'static str, shape: Shape, args: Vec<Arg>) -> Launch {
+    let blocks = shape.plane().div_ceil(ELEMENTWISE_PIXELS);
+    launch(kernel, grid(blocks, shape.c, shape.n), [THREADS, 1, 1], args)
+}
+
+/// Pieces that a reduction over a plane is split into: one partial sum each per image.
+pub fn pieces(pixels: usize) -> usize {
+    pixels.div_ceil(REDUCTION_PIXELS)
+}
+
+/// Reduction over pixels to one partial result per piece, row (channel or pair) and image.
+pub fn reduction(
+    kernel: &'static str,
+    pixels: usize,
+    rows: usize,
+    n: usize,
+    args: Vec<Arg>,
+) -> Launch {
+    launch(kernel, grid(pieces(pixels), rows, n), [THREADS, 1, 1], args)
+}
+
+/// A block per plane.
+pub fn block_per_plane(kernel: &'static str, shape: Shape, args: Vec<Arg>) -> Launch {
+    launch(kernel, grid(1, shape.c, shape.n), [THREADS, 1, 1], args)
+}
+
+/// A thread per pixel of every image, all channels.
+pub fn pixels(kernel: &'static str, shape: Shape, args: Vec<Arg>) -> Launch {
+    let blocks = shape.plane().div_ceil(THREADS as usize);
+    launch(kernel, grid(blocks, 1, shape.n), [THREADS, 1, 1], args)
+}
+
+/// Blocks of [`pixels`] in all: partial results it leaves.
+pub fn pixel_blocks(shape: Shape) -> usize {
+    shape.n * shape.plane().div_ceil(THREADS as usize)
+}
+
+/// A thread per element of a vector.
+pub fn vector(kernel: &'static str, len: usize, args: Vec<Arg>) -> Launch {
+    launch(kernel, grid(len.div_ceil(THREADS as usize), 1, 1), [THREADS, 1, 1], args)
+}
+
+/// A warp per channel.
+pub fn warp_per_channel(kernel: &'static str, channels: usize, args: Vec<Arg>) -> Launch {
+    launch(kernel, grid(channels, 1, 1), [32, 1, 1], args)
+}
+
+/// A thread per pixel, tiles of 32 x 8, a row of blocks per channel.
+pub fn tiles(kernel: &'static str, shape: Shape, args: Vec<Arg>) -> Launch {
+    let blocks = shape.h.div_ceil(8) * shape.w.div_ceil(32);
+    launch(kernel, grid(blocks, shape.c, shape.n), [32, 8, 1], args)
+}
+
+/// A thread per pixel, tiles of 32 x 8, groups of 8 channels in turn.
+pub fn tiles_of_channels(kernel: &'static str, shape: Shape, args: Vec<Arg>) -> Launch {
+    tiles(kernel, shape.with_channels(shape.c.div_ceil(CHANNELS_PER_THREAD)), args)
+}
+
+/// conv3x3.cu: tiles of 32 x 8 output pixels, groups of 16 output channels; one input channel's
+/// tile and its weights in shared memory.
+pub fn conv3x3_forward(
+    kernel: &'static str,
+    output: Shape,
+    stride: usize,
+    args: Vec<Arg>,
+) -> Launch {
+    const GROUP: usize = 16;
+    let tile = (7 * stride + 3) * (31 * stride + 3);
+    let shared_bytes = (4 * (tile + 9 * GROUP)) as u32;
+    Launch { shared_bytes, ..tiles(kernel, output.with_channels(output.c.div_ceil(GROUP)), args) }
+}
+
+/// How the fused cascade covers a plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CascadeTiling {
+    /// Output rows of a tile.
+    pub tile_h: usize,
+    /// Output columns of a tile.
+    pub tile_w: usize,
+    /// Elements of the largest region of a branch's input, tile and halo.
+    pub region: usize,
+    /// Dynamic shared memory.
+    pub shared_bytes: usize,
+}
+
+/// What decides the tiling of the fused cascade.
+#[derive(Debug, Clone, Copy)]
+pub struct CascadeShape<'a> {
+    /// Dilation of each branch.
+    pub dilations: &'a [usize],
+    /// Whether branches take in the one before.
+    pub addition: bool,
+    /// 1 or 2.
+    pub stride: usize,
+    /// Height and width of the input.
+    pub input: (usize, usize),
+    /// Height and width of the output.
+    pub output: (usize, usize),
+}
+
+impl CascadeShape<'_> {
+    /// Elements of the largest input region for tiles of `tile_h` x `tile_w` outputs: the tile, as
+    /// far beyond it as the following branches read, and this branch's own dilation.
+    fn region(&self, tile_h: usize, tile_w: usize) -> usize {
+        let region = |i: usize| {
+            let dilation = self.dilations[i];
+            let reach: usize = if self.addition { self.dilations[i + 1..].iter().sum() } else { 0 };
+            let sub = if self.stride == 2 && dilation % 2 == 0 { 2 } else { 1 };
+            let side = |tile: usize, input: usize, output: usize| {
+                let outputs = (tile + 2 * reach).min(output);
+                let inputs = (outputs - 1) * (self.stride / sub) + 2 * (dilation / sub) + 1;
+                inputs.min(input.div_ceil(sub))
+            };
+            side(tile_h, self.input.0, self.output.0) * side(tile_w, self.input.1, self.output.1)
+        };
+        (0..self.dilations.len()).map(region).max().unwrap_or(0)
+    }
+
+    /// The largest tile whose regions fit into `limit` bytes of shared memory: the whole plane if
+    /// possible. None where not even a small one fits (huge dilations).
+    pub fn tiling(&self, limit: usize) -> Option<CascadeTiling> {
+        const TILES: [(usize, usize); 7] =
+            [(64, 128), (64, 64), (32, 64), (32, 32), (16, 32), (8, 32), (8, 8)];
+        let buffers = if self.addition && self.dilations.len() > 1 { 2 } else { 1 };
+        let (h, w) = self.output;
+        std::iter::once((h, w))
+            .chain(TILES.map(|(tile_h, tile_w)| (tile_h.min(h), tile_w.min(w))))
+            .map(|(tile_h, tile_w)| {
+                let region = self.region(tile_h, tile_w);
+                CascadeTiling { tile_h, tile_w, region, shared_bytes: 4 * buffers * region }
+            })
+            .find(|tiling| tiling.shared_bytes <= limit)
+    }
+}
+
+/// cascade.cu, all branches in one launch: a block per tile, chain and image.
+pub fn cascade_forward(
+    kernel: &'static str,
+    tiling: CascadeTiling,
+    output: Shape,
+    chains: usize,
+    args: Vec<Arg>,
+) -> Launch {
+    let tiles = output.h.div_ceil(tiling.tile_h) * output.w.div_ceil(tiling.tile_w);
+    let rows = if tiling.tile_h * tiling.tile_w > 2048 { 16 } else { 8 };
+    Launch {
+        kernel,
+        grid: grid(tiles, chains, output.n),
+        block: [32, rows, 1],
+        shared_bytes: tiling.shared_bytes as u32,
+        args,
+    }
 }

@@ -1,8 +1,14 @@
-//! The GPU engine: plans lowered to kernel launches and matrix products, and the devices that
-//! execute them.
+//! The GPU engine: plans lowered to kernel launches and matrix products ([`lower`]), and the devices
+//! that execute them: a CUDA GPU, or the emulation of one on the CPU, which runs the very same
+//! kernels with the same launch shapes.
 
+mod backend;
 pub mod device;
+#[cfg(emulated_kernels)]
+pub mod emulated;
 pub mod launch;
+pub mod lower;
 
+pub use backend::GpuBackend;
 pub use device::{Buffer, Element, GpuDevice, Place};
 pub use launch::{Arg, Command, Gemm, Launch, Matrix};

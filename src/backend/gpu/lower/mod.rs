@@ -1,0 +1,227 @@
+//! Lowering: every step of a plan becomes kernel launches and matrix products, once per plan.
+
+mod backward;
+mod forward;
+
+use super::device::{Buffer, Element, Place};
+use super::launch::{self, Arg, Command, Gemm, Launch};
+use crate::error::{Error, Result};
+use crate::graph::{Mode, ParamId, Plan, Tensor};
+use crate::ops::Act;
+
+/// Arguments of a launch, in the order of the kernel's parameters.
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => { vec![$($crate::backend::gpu::launch::Arg::from($arg)),*] };
+}
+pub(crate) use args;
+
+/// Device memory that commands refer to. Absent vectors are those that the plan's mode never uses.
+#[derive(Debug, Clone)]
+pub struct Memory {
+    /// Activations, gradients, saved tensors, as [`Element`].
+    pub arena: Buffer,
+    /// All parameters, f32.
+    pub params: Buffer,
+    /// The same in half precision, for matrix products of half-precision tensors.
+    pub params_half: Option<Buffer>,
+    /// Gradients of the trainable parameters, f32.
+    pub grads: Option<Buffer>,
+    /// Partial results of reductions, f32.
+    pub scratch: Buffer,
+    /// Labels of a batch: read by the loss, or written by the argmax.
+    pub labels: Buffer,
+    /// One over the number of labelled pixels.
+    pub inverse_count: Buffer,
+    /// The loss.
+    pub loss: Buffer,
+}
+
+/// A plan as commands.
+#[derive(Debug, Clone, Default)]
+pub struct Program {
+    /// Forward pass.
+    pub forward: Vec<Command>,
+    /// End of each step's commands in `forward`.
+    pub step_ends: Vec<usize>,
+    /// Scores to labels ([`Mode::Labels`]).
+    pub labels: Vec<Command>,
+    /// Loss and gradients ([`Mode::Training`]).
+    pub backward: Vec<Command>,
+    /// Bytes of scratch that the commands use.
+    pub scratch_bytes: usize,
+}
+
+impl Program {
+    /// Commands of one forward step.
+    pub fn step(&self, index: usize) -> &[Command] {
+        let start = if index == 0 { 0 } else { self.step_ends[index - 1] };
+        &self.forward[start..self.step_ends[index]]
+    }
+}
+
+/// Lowers a plan for tensors stored as `element`, with at most `shared_limit` bytes of shared memory
+/// per block.
+///
+/// # Errors
+/// [`Error::Usage`] for tensors whose strides exceed what the kernels index.
+pub fn lower(
+    plan: &Plan,
+    memory: &Memory,
+    element: Element,
+    shared_limit: usize,
+) -> Result<Program> {
+    check_sizes(plan)?;
+    let mut lowering = Lowering {
+        plan,
+        memory,
+        element,
+        shared_limit,
+        commands: Vec::new(),
+        scratch: 0,
+        scratch_peak: 0,
+    };
+    let mut program = Program::default();
+    for step in &plan.steps {
+        lowering.scratch = 0;
+        forward::step(&mut lowering, step);
+        program.step_ends.push(lowering.commands.len());
+    }
+    program.forward = std::mem::take(&mut lowering.commands);
+    if plan.mode == Mode::Labels {
+        forward::labels(&mut lowering);
+        program.labels = std::mem::take(&mut lowering.commands);
+    }
+    if plan.mode == Mode::Training {
+        lowering.scratch = 0;
+        backward::loss(&mut lowering);
+        for step in plan.steps.iter().rev() {
+            lowering.scratch = 0;
+            backward::step(&mut lowering, step);
+        }
+        program.backward = std::mem::take(&mut lowering.commands);
+    }
+    program.scratch_bytes = lowering.scratch_peak;
+    Ok(program)
+}
+
+/// Kernels take sizes and strides as `int`.
+fn check_sizes(plan: &Plan) -> Result<()> {
+    for step in &plan.steps {
+        let grads = step.grad_inputs.iter().flatten().map(|slot| &slot.tensor);
+        let tensors = step.inputs.iter().chain([&step.output]).chain(&step.saved).chain(grads);
+        for tensor in tensors {
+            if tensor.batch_stride > i32::MAX as usize {
+                return Err(Error::Usage(format!(
+                    "node {}: expected fewer than 2^31 elements per image, found {}; use a \
+                     smaller --size",
+                    step.name, tensor.shape
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A kernel's name in both storage types.
+struct Typed {
+    f32: &'static str,
+    f16: &'static str,
+}
+
+struct Lowering<'a> {
+    plan: &'a Plan,
+    memory: &'a Memory,
+    element: Element,
+    shared_limit: usize,
+    commands: Vec<Command>,
+    scratch: usize,
+    scratch_peak: usize,
+}
+
+impl Lowering<'_> {
+    fn launch(&mut self, launch: Launch) {
+        self.commands.push(Command::Launch(launch));
+    }
+
+    fn gemm(&mut self, gemm: Gemm) {
+        self.commands.push(Command::Gemm(gemm));
+    }
+
+    fn name(&self, typed: Typed) -> &'static str {
+        match self.element {
+            Element::F32 => typed.f32,
+            Element::F16 => typed.f16,
+        }
+    }
+
+    fn at(&self, tensor: &Tensor) -> Place {
+        let byte_offset = tensor.offset * self.element.size();
+        Place { buffer: self.memory.arena, byte_offset }
+    }
+
+    fn param(&self, id: ParamId) -> Place {
+        Place { buffer: self.memory.params, byte_offset: 4 * self.plan.param(id).start }
+    }
+
+    /// Weights as a matrix product of stored tensors reads them.
+    fn param_stored(&self, id: ParamId) -> Place {
+        match self.memory.params_half {
+            Some(buffer) if self.element == Element::F16 => {
+                Place { buffer, byte_offset: 2 * self.plan.param(id).start }
+            }
+            _ => self.param(id),
+        }
+    }
+
+    /// Gradient of a parameter; training memory holds all of them.
+    fn grad(&self, id: ParamId) -> Place {
+        let buffer = self.memory.grads.unwrap_or(self.memory.scratch);
+        Place { buffer, byte_offset: 4 * self.plan.param(id).start }
+    }
+
+    /// Scratch for the step at hand, `len` floats.
+    fn scratch(&mut self, len: usize) -> Place {
+        const ALIGN: usize = 256;
+        let place = Place { buffer: self.memory.scratch, byte_offset: self.scratch };
+        self.scratch += (4 * len).next_multiple_of(ALIGN);
+        self.scratch_peak = self.scratch_peak.max(self.scratch);
+        place
+    }
+
+    /// out[i] = sum over parts of partial[part][i].
+    fn sum_partials(&mut self, partial: Place, out: Place, parts: usize, len: usize) {
+        let args = args![partial, out, parts, len];
+        self.launch(launch::vector("sum_partials_f32", len, args));
+    }
+
+    /// y = x, or y += x.
+    fn copy(&mut self, x: &Tensor, y: &Tensor, accumulate: bool) {
+        let (from, to) = (self.at(x), self.at(y));
+        self.copy_places(from, x, to, y, accumulate);
+    }
+
+    /// [`Lowering::copy`] where a side is not in the arena; `x` and `y` lend shape and strides.
+    fn copy_places(&mut self, from: Place, x: &Tensor, to: Place, y: &Tensor, accumulate: bool) {
+        let name = self.name(Typed { f32: "copy_f32", f16: "copy_f16" });
+        let args = args![
+            from,
+            to,
+            accumulate,
+            x.shape.plane(),
+            x.batch_stride,
+            x.plane_stride,
+            y.batch_stride,
+            y.plane_stride,
+        ];
+        self.launch(launch::planes(name, x.shape, args));
+    }
+}
+
+/// Non-linearities by the numbers of common.cuh.
+fn act_code(act: Act) -> Arg {
+    Arg::I32(match act {
+        Act::None => 0,
+        Act::Relu => 1,
+        Act::Sigmoid => 2,
+    })
+}
