@@ -245,7 +245,7 @@ impl CascadeShape<'_> {
         let region = |i: usize| {
             let dilation = self.dilations[i];
             let reach: usize = if self.addition { self.dilations[i + 1..].iter().sum() } else { 0 };
-            let sub = if self.stride == 2 && dilation % 2 == 0 { 2 } else { 1 };
+            let sub = if self.stride == 2 && dilation.is_multiple_of(2) { 2 } else { 1 };
             let side = |tile: usize, input: usize, output: usize| {
                 let outputs = (tile + 2 * reach).min(output);
                 let inputs = (outputs - 1) * (self.stride / sub) + 2 * (dilation / sub) + 1;
