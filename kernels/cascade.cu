@@ -9,7 +9,7 @@
 // Bytes: x once (plus halos), y once. FLOPs: 18 per output. Shared: 2 regions of f32 (1 where
 // nothing is carried from branch to branch). With stride 2 an even dilation reads even rows and
 // columns only: a stride-1 convolution of half the dilation on the subsampled plane.
-// Launch: block (32, 8 or 16), grid (tiles, chains, N): launch.rs, cascade_forward().
+// Launch: block (32, 8, 16 or 32), grid (tiles, chains, N): launch.rs, cascade_forward().
 //
 // Training goes branch by branch, since batch norm needs the statistics of all of u_i:
 // depthwise_forward writes u_i; its backward is depthwise_backward_data (ds_i = D_i^T du_i, gathered)
@@ -137,7 +137,7 @@ __device__ __forceinline__ void depthwise_forward(const T* __restrict__ x,
 }  // namespace
 
 // w0 .. w3, b0 .. b3: offsets of the branches' weights and biases in params.
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(1024)
     cascade_forward_f32(const float* x, float* y, const float* params, int branches, int addition,
                         int stride, int d0, int d1, int d2, int d3, int w0, int w1, int w2, int w3,
                         int b0, int b1, int b2, int b3, int region, int tile_h, int tile_w,
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(512)
                     in_w, out_h, out_w, x_batch, x_plane, y_batch, y_plane);
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(1024)
     cascade_forward_f16(const __half* x, __half* y, const float* params, int branches, int addition,
                         int stride, int d0, int d1, int d2, int d3, int w0, int w1, int w2, int w3,
                         int b0, int b1, int b2, int b3, int region, int tile_h, int tile_w,

@@ -191,6 +191,15 @@ fn inference_cascades_agree_with_the_cpu() {
 }
 
 #[test]
+fn cascades_of_large_planes_agree_with_the_cpu() {
+    // Blocks of 1024 threads: the whole plane, and tiles of 32 x 64 with the halo of 15.
+    for shared in [SHARED, 64 * 1024] {
+        let (op, params) = cascade(&[1, 2, 4, 8], 1, true, true);
+        check(&Case::inference(op, &[Shape::new(1, 8, 90, 130)], params), shared);
+    }
+}
+
+#[test]
 fn training_cascades_agree_with_the_cpu() {
     // Planes that every dilation reaches across: where only the centre tap counts, batch norm undoes
     // its scale, and its gradient is nothing but rounding.

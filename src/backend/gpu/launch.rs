@@ -282,7 +282,12 @@ pub fn cascade_forward(
     args: Vec<Arg>,
 ) -> Launch {
     let tiles = output.h.div_ceil(tiling.tile_h) * output.w.div_ceil(tiling.tile_w);
-    let rows = if tiling.tile_h * tiling.tile_w > 2048 { 16 } else { 8 };
+    // A large region leaves room for one block per multiprocessor: that one has to fill it.
+    let rows = match tiling.region {
+        0..=1024 => 8,
+        1025..=4096 => 16,
+        _ => 32,
+    };
     Launch {
         kernel,
         grid: grid(tiles, chains, output.n),
