@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 const FLAGS: [&str; 4] = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wno-unknown-pragmas"];
 
@@ -38,7 +39,7 @@ fn compile(out: &Path) -> Result<(), String> {
 
     let mut build = cc::Build::new();
     build.cpp(true).warnings(false).debug(false).opt_level(2).define("FPENET_HOST", None);
-    build.include(&kernels).cargo_metadata(true);
+    build.include(&kernels).cpp_link_stdlib(None);
     for flag in FLAGS {
         build.flag(flag);
     }
@@ -71,7 +72,25 @@ fn compile(out: &Path) -> Result<(), String> {
     let path = out.join("host_registry.cpp");
     fs::write(&path, registry).map_err(|e| format!("{}: {e}", path.display()))?;
     build.file(path).file(kernels.join("host/scheduler.cpp"));
-    build.try_compile("fpenet_host_kernels").map_err(|e| e.to_string())
+    build.try_compile("fpenet_host_kernels").map_err(|e| e.to_string())?;
+    link_standard_library(build.get_compiler().path());
+    Ok(())
+}
+
+/// Links the C++ standard library statically where the compiler has it so: the binary should start
+/// on machines without it.
+fn link_standard_library(compiler: &Path) {
+    let output = Command::new(compiler).arg("-print-file-name=libstdc++.a").output();
+    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string());
+    // A compiler without the file answers with its bare name.
+    match text.as_deref().map(Path::new) {
+        Ok(path) if path.is_absolute() && path.is_file() => {
+            let folder = path.parent().unwrap_or(path);
+            println!("cargo:rustc-link-search=native={}", folder.display());
+            println!("cargo:rustc-link-lib=static:-bundle=stdc++");
+        }
+        _ => println!("cargo:rustc-link-lib=stdc++"),
+    }
 }
 
 /// Names of the `extern "C" __global__` functions of a source file.
