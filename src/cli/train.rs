@@ -65,6 +65,9 @@ pub struct Args {
     /// Range of the random scale [default: 0.5,1.75]
     #[arg(long, value_name = "LOW,HIGH", help_heading = "Augmentation", value_parser = range)]
     pub scale: Option<(f32, f32)>,
+    /// Strength of random exposure, contrast and white balance, 0 to 1 [default: 0]
+    #[arg(long, value_name = "X", help_heading = "Augmentation")]
+    pub colour: Option<f32>,
     /// No random horizontal flips
     #[arg(long, help_heading = "Augmentation")]
     pub no_flip: bool,
@@ -138,6 +141,7 @@ fn request(args: Args) -> Request {
         size: args.size.map(|s| (s.width, s.height)),
         rotation: args.rotation,
         scale: args.scale,
+        colour: args.colour,
         flip: args.no_flip.then_some(false),
         init_from: args.init_from,
         runtime: Runtime {

@@ -26,6 +26,9 @@ pub struct Augment {
     pub rotation_deg: f32,
     /// Smallest and largest scale, drawn uniformly.
     pub scale: (f32, f32),
+    /// Strength of the random change of colours, 0 (the paper's protocol: none) to 1; see
+    /// [`Augment::draw_colour`].
+    pub colour: f32,
     /// Width and height of the result.
     pub size: (usize, usize),
 }
@@ -33,12 +36,12 @@ pub struct Augment {
 impl Augment {
     /// The paper's augmentation: flip, [-10, 10] degrees, scale [0.5, 1.75].
     pub fn paper(size: (usize, usize)) -> Self {
-        Augment { flip: true, rotation_deg: 10.0, scale: (0.5, 1.75), size }
+        Augment { flip: true, rotation_deg: 10.0, scale: (0.5, 1.75), colour: 0.0, size }
     }
 
     /// A random position of the crop or padding and nothing else.
     pub fn crop(size: (usize, usize)) -> Self {
-        Augment { flip: false, rotation_deg: 0.0, scale: (1.0, 1.0), size }
+        Augment { flip: false, rotation_deg: 0.0, scale: (1.0, 1.0), colour: 0.0, size }
     }
 
     /// Checks every field.
@@ -55,6 +58,9 @@ impl Augment {
         }
         if !(low >= 0.05 && low <= high && high <= 20.0) {
             return wrong("scale", "0.05 <= low <= high <= 20", format!("{low} to {high}"));
+        }
+        if !(0.0..=1.0).contains(&self.colour) {
+            return wrong("colour", "0 to 1", self.colour.to_string());
         }
         if self.size.0 == 0 || self.size.1 == 0 {
             return wrong("size", "a width and height", format!("{:?}", self.size));
@@ -84,6 +90,28 @@ impl Augment {
             offset: (offset(source.0, self.size.0, x), offset(source.1, self.size.1, y)),
         })
     }
+}
+
+impl Augment {
+    /// Draws a change of colours: exposure by a factor in 1 +- colour, contrast around mid-grey
+    /// likewise, and each channel by a factor in 1 +- colour / 3 (white balance). Not clamped to
+    /// 0..255, so that it stays an affine map per channel. To be called after
+    /// [`Augment::draw`] with the same generator.
+    pub fn draw_colour(&self, rng: &mut impl Rng) -> Colour {
+        let mut factor = |range: f32| 1.0 + range * rng.random_range(-1.0..=1.0f32);
+        let (exposure, contrast) = (factor(self.colour), factor(self.colour));
+        let tint = [(); 3].map(|()| factor(self.colour / 3.0));
+        Colour { gain: tint.map(|t| t * exposure * contrast), shift: 127.5 * (1.0 - contrast) }
+    }
+}
+
+/// A change of colours: value * gain + shift per channel, on the 0..255 scale.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Colour {
+    /// Factor of each channel.
+    pub gain: [f32; 3],
+    /// Added to every channel.
+    pub shift: f32,
 }
 
 /// What fixes a [`Warp`]: the source is mirrored, scaled, turned about its centre, and a window
@@ -366,6 +394,14 @@ impl Normalise {
         let gain = std.map(|s| (1.0 / (255.0 * f64::from(s))) as f32);
         let bias = [0, 1, 2].map(|c| (-f64::from(mean[c]) / f64::from(std[c])) as f32);
         Normalise { gain, bias }
+    }
+
+    /// The same after a change of colours. Uncovered pixels, which stand for the mean, stay 0.
+    pub fn after(&self, colour: &Colour) -> Self {
+        Normalise {
+            gain: [0, 1, 2].map(|c| self.gain[c] * colour.gain[c]),
+            bias: [0, 1, 2].map(|c| self.bias[c] + self.gain[c] * colour.shift),
+        }
     }
 
     /// Normalised value of `value` (0..255) in channel `c`.

@@ -248,3 +248,20 @@ fn senseless_settings_are_usage_errors() {
         assert_eq!(bad.validate().unwrap_err().exit_code(), 2);
     }
 }
+
+#[test]
+fn colours_change_within_their_range_and_not_at_all_at_strength_zero() {
+    let mut rng = ChaCha8Rng::seed_from_u64(9);
+    let plain = normalise();
+    let none = Augment::paper((64, 48)).draw_colour(&mut rng);
+    assert_eq!(plain.after(&none), plain);
+
+    let augment = Augment { colour: 0.3, ..Augment::paper((64, 48)) };
+    let drawn: Vec<Colour> = (0..500).map(|_| augment.draw_colour(&mut rng)).collect();
+    // 0.7 * 0.7 * 0.9 to 1.3 * 1.3 * 1.1.
+    assert!(drawn.iter().all(|c| c.gain.iter().all(|g| (0.44..=1.86).contains(g))));
+    assert!(drawn.iter().any(|c| c.gain[0] > 1.2) && drawn.iter().any(|c| c.gain[0] < 0.8));
+    assert!(drawn.iter().any(|c| c.gain[0] != c.gain[2]), "white balance varies");
+    // Mid-grey at full exposure stays where it was: 127.5 * contrast + shift = 127.5.
+    assert!(drawn.iter().all(|c| c.shift.abs() <= 127.5 * 0.3 + 1e-3));
+}

@@ -323,14 +323,15 @@ impl Shared {
             }
             self.with_sample(index, |image, label| {
                 let source = (image.width() as usize, image.height() as usize);
-                let warp = match &self.options.augment {
+                let (warp, normalise) = match &self.options.augment {
                     Some(augment) => {
-                        let seed = self.options.seed;
-                        augment.draw(source, &mut stream(seed, position.epoch, index as u64))
+                        let mut rng = stream(self.options.seed, position.epoch, index as u64);
+                        let warp = augment.draw(source, &mut rng);
+                        (warp, self.normalise.after(&augment.draw_colour(&mut rng)))
                     }
-                    None => Warp::resize(source, self.options.size),
+                    None => (Warp::resize(source, self.options.size), self.normalise),
                 };
-                warp.image(image, &self.normalise, input);
+                warp.image(image, &normalise, input);
                 warp.labels(label, labels);
             })?;
         }

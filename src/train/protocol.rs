@@ -44,6 +44,8 @@ pub struct Request {
     pub rotation: Option<f32>,
     /// Range of the random scale; 0.5 to 1.75 by default.
     pub scale: Option<(f32, f32)>,
+    /// Strength of random colour changes; 0 by default, as in the paper.
+    pub colour: Option<f32>,
     /// Random horizontal flips; on by default.
     pub flip: Option<bool>,
     /// Configuration keys given explicitly, by their names in the SPEC's JSON.
@@ -122,6 +124,7 @@ impl Request {
             size: None,
             rotation: None,
             scale: None,
+            colour: None,
             flip: None,
             config: Map::new(),
             init_from: None,
@@ -156,6 +159,9 @@ pub struct Protocol {
     pub rotation: f32,
     /// Range of the random scale.
     pub scale: (f32, f32),
+    /// Strength of random colour changes.
+    #[serde(default)]
+    pub colour: f32,
     /// Random horizontal flips.
     pub flip: bool,
     /// Network.
@@ -198,6 +204,7 @@ impl Protocol {
             size: request.size.unwrap_or(size),
             rotation: request.rotation.unwrap_or(10.0),
             scale: request.scale.unwrap_or((0.5, 1.75)),
+            colour: request.colour.unwrap_or(0.0),
             flip: request.flip.unwrap_or(true),
             config: with_overrides(&base, &request.config)?,
         };
@@ -234,6 +241,9 @@ impl Protocol {
         if !(0.0..=180.0).contains(&self.rotation) {
             return wrong("--rotation", "0 to 180 degrees", &self.rotation);
         }
+        if !(0.0..=1.0).contains(&self.colour) {
+            return wrong("--colour", "0 to 1", &self.colour);
+        }
         let (low, high) = self.scale;
         if !(0.05..=20.0).contains(&low) || !(low..=20.0).contains(&high) {
             return wrong("--scale", "LOW,HIGH with 0.05 <= LOW <= HIGH <= 20", &self.scale);
@@ -243,7 +253,13 @@ impl Protocol {
 
     /// The random warps.
     pub fn augment(&self) -> Augment {
-        Augment { flip: self.flip, rotation_deg: self.rotation, scale: self.scale, size: self.size }
+        Augment {
+            flip: self.flip,
+            rotation_deg: self.rotation,
+            scale: self.scale,
+            colour: self.colour,
+            size: self.size,
+        }
     }
 
     /// Checks that a request to resume says nothing that contradicts this protocol.
@@ -269,6 +285,7 @@ impl Protocol {
         compare("--size", request.size.map(json), json(self.size));
         compare("--rotation", request.rotation.map(json), json(self.rotation));
         compare("--scale", request.scale.map(json), json(self.scale));
+        compare("--colour", request.colour.map(json), json(self.colour));
         compare("--no-flip", request.flip.map(json), json(self.flip));
         let kept = json(&self.config);
         for (key, asked) in &request.config {
