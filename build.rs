@@ -1,19 +1,29 @@
 //! Build-time choices: whether the trained weights are there to be put into the binary, and the
-//! kernels for the emulated device.
+//! kernels, as PTX and for the emulated device.
 
 #[path = "build/host_kernels.rs"]
 mod host_kernels;
+#[path = "build/ptx.rs"]
+mod ptx;
 
 use std::path::Path;
+use std::process::ExitCode;
 
 const MODELS: &str = "models";
 const BUNDLED: &str = "models/fpenet-camvid.safetensors";
 
-fn main() {
+fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=build");
     bundle_model();
     host_kernels::build();
+    if let Err(error) = ptx::build() {
+        for line in error.lines() {
+            println!("cargo::error={line}");
+        }
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }
 
 /// Sets `cfg(bundled_model)` where the trained weights exist: a checkout without them still builds,

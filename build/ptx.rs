@@ -8,7 +8,7 @@
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs, thread};
 
@@ -18,18 +18,6 @@ const OLDEST_ARCH: u32 = 70;
 const HOPPER: u32 = 90;
 /// A kernel file with these words has a Hopper variant.
 const HOPPER_MARK: &str = "__CUDA_ARCH__ >= 900";
-
-fn main() -> ExitCode {
-    match ptx() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            for line in error.lines() {
-                println!("cargo::error={line}");
-            }
-            ExitCode::FAILURE
-        }
-    }
-}
 
 /// An nvcc that was found, and what it can do.
 struct Nvcc {
@@ -48,11 +36,14 @@ struct Job {
     out: PathBuf,
 }
 
-fn ptx() -> Result<(), String> {
+/// Compiles the kernels and writes the table.
+///
+/// # Errors
+/// nvcc's own words for a kernel that does not compile, or what else went wrong.
+pub fn build() -> Result<(), String> {
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "FPENET_CUDA_ARCH", "NVCC_CCBIN"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
-    println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
 
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").ok_or("run me through cargo")?);

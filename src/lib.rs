@@ -23,6 +23,7 @@ pub mod model;
 pub mod ops;
 pub mod reference;
 pub mod segment;
+pub mod selftest;
 pub mod train;
 
 pub use config::ModelConfig;

@@ -9,6 +9,7 @@ mod init;
 mod progress;
 mod run;
 mod segment;
+mod selftest;
 mod summary;
 mod train;
 
@@ -46,6 +47,8 @@ enum Command {
     Bench(bench::Args),
     /// List the devices that can run the network
     Devices(devices::Args),
+    /// Compare every operator of a GPU with the CPU on random inputs
+    Selftest(selftest::Args),
 }
 
 /// Parses the command line, runs the command, and reports an error as one line on stderr.
@@ -65,6 +68,7 @@ pub fn main() -> ExitCode {
         Command::Summary(args) => summary::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(args),
+        Command::Selftest(args) => selftest::run(args),
     };
     result.unwrap_or_else(|error| {
         report(&message(&error));

@@ -3,6 +3,7 @@
 //! kernels with the same launch shapes.
 
 mod backend;
+pub mod cuda;
 pub mod device;
 #[cfg(emulated_kernels)]
 pub mod emulated;

@@ -1,0 +1,192 @@
+//! The kernels in the binary: PTX by file and architecture, compiled by the driver when opened.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, CString, c_char, c_void};
+
+use cudarc::driver::result;
+use cudarc::driver::sys::{
+    self, CUfunction, CUfunction_attribute_enum as FunctionAttribute, CUjit_option, CUmodule,
+    CUresult,
+};
+
+use super::probe::unusable;
+use super::{driver_words, kernel_error};
+use crate::error::{Error, Result};
+
+/// PTX of one kernel file for one architecture.
+pub(super) struct Module {
+    /// File in kernels/ without its extension.
+    name: &'static str,
+    /// Compute capability times 10.
+    arch: u32,
+    /// What nvcc wrote.
+    ptx: &'static str,
+}
+
+// NVCC_VERSION and MODULES, written by build.rs.
+include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
+
+/// Every kernel of the binary, loaded for one GPU.
+pub(super) struct Kernels {
+    modules: Vec<CUmodule>,
+    functions: HashMap<&'static str, CUfunction>,
+    /// Architectures of the PTX in use, ascending.
+    pub(super) archs: Vec<u32>,
+}
+
+impl Kernels {
+    /// Loads the best PTX of every kernel file for a GPU of the given compute capability (times
+    /// 10), and lets kernels use up to `shared_limit` bytes of shared memory per block. The
+    /// context must be current.
+    pub(super) fn load(gpu: &str, capability: u32, shared_limit: usize) -> Result<Self> {
+        let mut kernels =
+            Kernels { modules: Vec::new(), functions: HashMap::new(), archs: Vec::new() };
+        for module in select(MODULES, gpu, capability)? {
+            let handle = load_module(module)?;
+            kernels.modules.push(handle);
+            for entry in entries(module.ptx) {
+                let function = load_function(handle, entry, shared_limit)?;
+                kernels.functions.insert(entry, function);
+            }
+            kernels.archs.push(module.arch);
+        }
+        kernels.archs.sort_unstable();
+        kernels.archs.dedup();
+        Ok(kernels)
+    }
+
+    /// A kernel by the name of its entry point.
+    pub(super) fn get(&self, kernel: &str) -> Result<CUfunction> {
+        self.functions.get(kernel).copied().ok_or_else(|| Error::Kernel {
+            kernel: kernel.into(),
+            problem: "is not in this binary; build again (kernels/*.cu and code disagree)".into(),
+        })
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        for module in &self.modules {
+            // An error would be one of an earlier kernel, which has been reported.
+            let _ = unsafe { result::module::unload(*module) };
+        }
+    }
+}
+
+/// The newest PTX of each file that the GPU can run.
+fn select<'a>(modules: &'a [Module], gpu: &str, capability: u32) -> Result<Vec<&'a Module>> {
+    let mut best: BTreeMap<&str, Option<&Module>> = BTreeMap::new();
+    for module in modules {
+        let slot = best.entry(module.name).or_default();
+        if module.arch <= capability && slot.is_none_or(|other| other.arch < module.arch) {
+            *slot = Some(module);
+        }
+    }
+    let chosen: Option<Vec<&Module>> = best.into_values().collect();
+    chosen.ok_or_else(|| {
+        let oldest = modules.iter().map(|module| module.arch).min().unwrap_or_default();
+        unusable(
+            format!("{gpu} is sm_{capability}, the kernels in this binary need sm_{oldest}"),
+            "build with an older nvcc (variable NVCC): CUDA 12 is the last that targets sm_70",
+        )
+    })
+}
+
+/// Names of the kernels in a PTX file.
+fn entries(ptx: &str) -> impl Iterator<Item = &str> {
+    ptx.lines().filter_map(|line| {
+        let (_, name) = line.split_once(".entry ")?;
+        Some(name.trim_end_matches(['(', ')', ' ']))
+    })
+}
+
+fn load_module(module: &Module) -> Result<CUmodule> {
+    let name = || format!("kernels/{}.cu (PTX for sm_{})", module.name, module.arch);
+    let image = CString::new(module.ptx).map_err(|_| Error::Kernel {
+        kernel: name(),
+        problem: "its PTX holds a zero byte".into(),
+    })?;
+    let mut log = vec![0u8; 8192];
+    let mut options =
+        [CUjit_option::CU_JIT_ERROR_LOG_BUFFER, CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    // The size goes by value, in the place of a pointer.
+    let mut values = [log.as_mut_ptr().cast::<c_void>(), log.len() as *mut c_void];
+    let mut handle = std::ptr::null_mut();
+    let status = unsafe {
+        sys::cuModuleLoadDataEx(
+            &mut handle,
+            image.as_ptr().cast(),
+            options.len() as u32,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    };
+    let Err(error) = status.result() else { return Ok(handle) };
+    let words = driver_words(error);
+    if let CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION = status {
+        let remedy = "update the NVIDIA driver, or build with an older nvcc (variable NVCC)";
+        return Err(unusable(format!("{}: {words}", name()), remedy));
+    }
+    // The driver ends its words with a zero byte where it wrote any.
+    let log = CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default();
+    Err(Error::Kernel { kernel: name(), problem: format!("{words} {log}").trim().into() })
+}
+
+fn load_function(module: CUmodule, entry: &'static str, limit: usize) -> Result<CUfunction> {
+    let name = CString::new(entry).unwrap_or_default();
+    let load = || unsafe {
+        let mut function = std::ptr::null_mut();
+        let name: *const c_char = name.as_ptr();
+        sys::cuModuleGetFunction(&mut function, module, name).result()?;
+        // More than 48 KB of dynamic shared memory must be asked for, per kernel.
+        let fixed = FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+        let fixed = result::function::get_function_attribute(function, fixed)?;
+        let dynamic = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let most = limit as i32 - fixed;
+        result::function::set_function_attribute(function, dynamic, most)?;
+        Ok(function)
+    };
+    load().map_err(|error| kernel_error(entry, "cannot be loaded", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PTX: &str = ".version 9.0\n.target sm_75\n\n\t// .globl\tscale_f32\n\
+        .visible .entry scale_f32(\n\t.param .u64 scale_f32_param_0\n)\n{\n}\n\
+        .visible .entry fill()\n{\n}\n";
+
+    #[test]
+    fn kernels_are_found_in_ptx() {
+        assert_eq!(entries(PTX).collect::<Vec<_>>(), ["scale_f32", "fill"]);
+    }
+
+    #[test]
+    fn every_file_is_taken_in_the_newest_form_that_the_gpu_runs() {
+        let module = |name, arch| Module { name, arch, ptx: PTX };
+        let all = [module("a", 75), module("a", 90), module("b", 75)];
+        let archs = |capability| {
+            let chosen = select(&all, "GPU", capability).unwrap();
+            chosen.iter().map(|module| (module.name, module.arch)).collect::<Vec<_>>()
+        };
+        assert_eq!(archs(75), [("a", 75), ("b", 75)]);
+        assert_eq!(archs(89), [("a", 75), ("b", 75)]);
+        assert_eq!(archs(120), [("a", 90), ("b", 75)]);
+        let text = select(&all, "NVIDIA TITAN V", 70).err().unwrap().to_string();
+        assert!(text.contains("NVIDIA TITAN V is sm_70") && text.contains("need sm_75"), "{text}");
+    }
+
+    #[test]
+    fn the_binary_holds_every_kernel_once_per_architecture() {
+        let mut seen = std::collections::HashSet::new();
+        for module in MODULES {
+            let target = format!(".target sm_{}", module.arch);
+            assert!(module.ptx.contains(&target), "{}: {target}", module.name);
+            for entry in entries(module.ptx) {
+                assert!(seen.insert((entry, module.arch)), "{entry} is defined twice");
+            }
+        }
+        assert_eq!(MODULES.is_empty(), NVCC_VERSION.is_none());
+    }
+}

@@ -1,0 +1,143 @@
+//! Whether CUDA can be used at all, found out before any call that needs it: cudarc panics where
+//! a library is missing, and a driver that is too old fails with words that help nobody.
+
+use cudarc::driver::sys;
+
+use crate::error::{Error, Result};
+
+/// Oldest driver whose interface has every call made here (CUDA graphs as of 11.4 and later).
+const OLDEST_DRIVER: (u32, u32) = (12, 0);
+
+/// What was found in this binary and on this machine.
+#[derive(Debug, Clone, Copy)]
+struct Parts {
+    /// PTX inside the binary.
+    kernels: bool,
+    /// libcuda, which comes with the driver.
+    driver: bool,
+    /// libcublas.
+    cublas: bool,
+}
+
+/// Checks that the binary holds kernels, that driver and cuBLAS are there, and that the driver is
+/// new enough for the kernels. Returns the CUDA version that the driver supports.
+///
+/// # Errors
+/// [`Error::Device`] with everything that is missing and how to get it.
+pub(super) fn probe(nvcc: Option<(u32, u32)>) -> Result<(u32, u32)> {
+    // Both only try to open a library by its usual names.
+    let (driver, cublas) =
+        unsafe { (sys::is_culib_present(), cudarc::cublas::sys::is_culib_present()) };
+    missing(Parts { kernels: nvcc.is_some(), driver, cublas })?;
+    let mut version = 0;
+    // Needs no initialisation and is in every driver.
+    unsafe { sys::cuDriverGetVersion(&mut version) }
+        .result()
+        .map_err(|error| unusable(super::driver_words(error), "reinstall the NVIDIA driver"))?;
+    let version = split(version);
+    check_versions(version, nvcc.unwrap_or(OLDEST_DRIVER))?;
+    Ok(version)
+}
+
+/// The error for what is missing, if anything.
+fn missing(parts: Parts) -> Result<()> {
+    let all = [
+        (
+            parts.kernels,
+            "this binary was built without nvcc and holds no CUDA kernels",
+            "run tools/install-nvcc.sh and build again",
+        ),
+        (
+            parts.driver,
+            "there is no NVIDIA driver (libcuda.so.1)",
+            "install the driver of your GPU",
+        ),
+        (
+            parts.cublas,
+            "there is no cuBLAS (libcublas.so.13 or .12)",
+            "install it (pip install nvidia-cublas, or the CUDA toolkit) and put its folder on \
+             LD_LIBRARY_PATH",
+        ),
+    ];
+    let absent: Vec<_> = all.iter().filter(|(present, ..)| !present).collect();
+    if absent.is_empty() {
+        return Ok(());
+    }
+    let join = |words: Vec<&str>| words.join(", ");
+    Err(unusable(
+        join(absent.iter().map(|(_, problem, _)| *problem).collect()),
+        join(absent.iter().map(|(_, _, remedy)| *remedy).collect()),
+    ))
+}
+
+/// A driver loads PTX of its own CUDA version and older.
+fn check_versions(driver: (u32, u32), nvcc: (u32, u32)) -> Result<()> {
+    let needed = nvcc.max(OLDEST_DRIVER);
+    if driver >= needed {
+        return Ok(());
+    }
+    let show = |(major, minor): (u32, u32)| format!("{major}.{minor}");
+    let mut remedy = format!("update the NVIDIA driver to one for CUDA {} or newer", show(needed));
+    if driver >= OLDEST_DRIVER {
+        let driver = show(driver);
+        remedy += &format!(", or build with an nvcc of CUDA {driver} or older (variable NVCC)");
+    }
+    Err(unusable(
+        format!(
+            "the driver is too old: it supports CUDA {}, the kernels in this binary are PTX of \
+             CUDA {}",
+            show(driver),
+            show(nvcc)
+        ),
+        remedy,
+    ))
+}
+
+/// An error of the device as a whole.
+pub(super) fn unusable(problem: impl Into<String>, remedy: impl Into<String>) -> Error {
+    Error::Device { device: "cuda".into(), problem: problem.into(), remedy: remedy.into() }
+}
+
+/// 13000 -> (13, 0), as the driver writes it.
+fn split(version: i32) -> (u32, u32) {
+    let version = version.unsigned_abs();
+    (version / 1000, version % 1000 / 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_that_is_missing_is_named_with_its_remedy() {
+        let text = |kernels, driver, cublas| {
+            missing(Parts { kernels, driver, cublas }).unwrap_err().to_string()
+        };
+        let nothing = text(false, false, false);
+        for word in ["nvcc", "libcuda.so.1", "libcublas", "install-nvcc.sh", "LD_LIBRARY_PATH"] {
+            assert!(nothing.contains(word), "{word} in {nothing}");
+        }
+        let no_driver = text(true, false, true);
+        assert!(no_driver.contains("libcuda.so.1") && !no_driver.contains("nvcc"), "{no_driver}");
+        assert!(missing(Parts { kernels: true, driver: true, cublas: true }).is_ok());
+    }
+
+    #[test]
+    fn an_old_driver_is_told_both_versions_and_a_remedy() {
+        assert!(check_versions((13, 0), (13, 0)).is_ok());
+        assert!(check_versions((13, 1), (12, 9)).is_ok());
+        let text = check_versions((12, 4), (13, 0)).unwrap_err().to_string();
+        assert!(text.contains("CUDA 12.4, the kernels in this binary are PTX of CUDA 13.0"));
+        assert!(text.contains("update the NVIDIA driver to one for CUDA 13.0"), "{text}");
+        assert!(text.contains("nvcc of CUDA 12.4"), "{text}");
+        // Older than the interface: another nvcc would not help.
+        let text = check_versions((11, 2), (11, 0)).unwrap_err().to_string();
+        assert!(text.contains("CUDA 12.0 or newer") && !text.contains("variable NVCC"), "{text}");
+    }
+
+    #[test]
+    fn versions_are_read_as_the_driver_writes_them() {
+        assert_eq!(split(13000), (13, 0));
+        assert_eq!(split(12090), (12, 9));
+    }
+}
