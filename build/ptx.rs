@@ -71,7 +71,7 @@ pub fn build() -> Result<(), String> {
 }
 
 /// `NVCC`, then `CUDA_HOME` and `CUDA_PATH`, `PATH`, the usual place, and where
-/// `tools/install-nvcc.sh` puts it (the script touches build.rs, so that cargo looks again).
+/// `tools/install-nvcc.sh` puts it (the script touches this file, so that cargo looks again).
 fn find_nvcc(root: &Path) -> Result<Option<Nvcc>, String> {
     if let Some(path) = env::var_os("NVCC").filter(|path| !path.is_empty()) {
         return query(Path::new(&path)).map(Some).map_err(|error| format!("NVCC: {error}"));

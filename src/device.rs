@@ -2,6 +2,8 @@
 
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
+use crate::backend::gpu::GpuBackend;
+use crate::backend::gpu::cuda::CudaDevice;
 use crate::error::{Error, Result};
 
 /// `--device`.
@@ -115,10 +117,6 @@ fn open_emulated(_precision: Precision) -> Result<Box<dyn Backend>> {
     })
 }
 
-fn open_cuda(_precision: Precision) -> Result<Box<dyn Backend>> {
-    Err(Error::Device {
-        device: "cuda".into(),
-        problem: "this build does not hold the CUDA backend".into(),
-        remedy: "use --device cpu or --device auto".into(),
-    })
+fn open_cuda(precision: Precision) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(GpuBackend::new(CudaDevice::open()?, precision)))
 }

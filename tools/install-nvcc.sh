@@ -85,7 +85,7 @@ else
         fail "the packages came but nvcc does not compile a trivial kernel: $(cat "$work/log")"
     put "$work/site/nvidia/cu13" "$prefix"
     echo "installed: $prefix"
-    touch "$root/build.rs" # cargo watches no file that was not there: let it look again
+    touch "$root/build/ptx.rs" # cargo watches no file that was not there: let it look again
 fi
 "$prefix/bin/nvcc" --version | grep release
 
