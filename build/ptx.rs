@@ -150,8 +150,8 @@ fn compile(nvcc: &Nvcc, jobs: &[Job], headers: &str) -> Result<(), String> {
     };
     thread::scope(|scope| {
         let running: Vec<_> = (0..workers.min(jobs.len())).map(|_| scope.spawn(work)).collect();
-        let results = running.into_iter().map(|worker| worker.join());
-        results.map(|result| result.map_err(|_| "a worker panicked".to_string())?).collect()
+        let mut results = running.into_iter().map(|worker| worker.join());
+        results.try_for_each(|result| result.map_err(|_| "a worker panicked".to_string())?)
     })
 }
 
