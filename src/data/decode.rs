@@ -66,7 +66,7 @@ pub fn image(path: &Path) -> Result<RgbImage> {
 /// Width and height of an image, from its header.
 ///
 /// # Errors
-/// As [`image`].
+/// As [`image()`].
 pub fn image_size(path: &Path) -> Result<(usize, usize)> {
     let (w, h) = reader(path)?.into_dimensions().map_err(|e| not_an_image(path, e))?;
     Ok((w as usize, h as usize))

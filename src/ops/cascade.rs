@@ -215,9 +215,11 @@ impl Cascade {
     }
 
     /// Backward of [`Cascade::forward_training`], from the last branch to the first:
-    ///   g_i  = dy_i + ds_{i+1}        (y_i feeds s_{i+1} with branch addition)
-    ///   du_i = BN backward of g_i where y_i > 0
-    ///   dD_i[t] = sum_p du_i[p] s_i[p + t],   ds_i = D_i^T du_i,   dx_i = ds_i
+    /// ```text
+    /// g_i  = dy_i + ds_{i+1}        (y_i feeds s_{i+1} with branch addition)
+    /// du_i = BN backward of g_i where y_i > 0
+    /// dD_i[t] = sum_p du_i[p] s_i[p + t],   ds_i = D_i^T du_i,   dx_i = ds_i
+    /// ```
     /// D^T is the correlation with the flipped kernel; with stride 2, of du spread over the even
     /// positions of the input grid.
     pub fn backward(&self, isa: Isa, io: CascadeBackward) -> Vec<BranchGradient> {

@@ -15,7 +15,7 @@ pub(super) fn shape(inputs: &[Shape]) -> Result<Shape, String> {
 /// Pixels that one task averages over all channels.
 const CHUNK: usize = 4096;
 
-/// y[n][p] = mean over c of x[n][c][p].
+/// `y[n][p] = mean over c of x[n][c][p]`.
 pub fn forward(isa: Isa, x: View, y: ViewMut) {
     let (channels, pixels) = (x.shape().c, x.shape().plane());
     let chunks = pixels.div_ceil(CHUNK);
@@ -31,7 +31,7 @@ pub fn forward(isa: Isa, x: View, y: ViewMut) {
     });
 }
 
-/// dx[n][c][p] = dy[n][p] / C.
+/// `dx[n][c][p] = dy[n][p] / C`.
 pub fn backward(isa: Isa, dy: View, dx: ViewMut, accumulate: bool) {
     let channels = dx.shape().c;
     (0..dx.shape().n * channels).into_par_iter().for_each(|i| {

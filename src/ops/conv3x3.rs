@@ -122,7 +122,7 @@ impl Conv3x3 {
         });
     }
 
-    /// dW[o][i][t] = sum over n, p of dY[n][o][p] x[n][i][p * stride + t - 1], db = sum of dY.
+    /// `dW[o][i][t] = sum over n, p of dY[n][o][p] x[n][i][p * stride + t - 1]`, db = sum of dY.
     /// The stem reads the image, which needs no gradient, so there is no data gradient.
     pub fn backward(&self, isa: Isa, x: View, dy: View, dw: &mut [f32], dbias: Option<&mut [f32]>) {
         let (pixels, k) = (dy.shape().plane(), 9 * self.in_channels);

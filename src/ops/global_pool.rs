@@ -12,7 +12,7 @@ pub(super) fn shape(inputs: &[Shape]) -> Result<Shape, String> {
     }
 }
 
-/// y[n][c] = mean over H, W of x[n][c].
+/// `y[n][c] = mean over H, W of x[n][c]`.
 pub fn forward(isa: Isa, x: View, y: ViewMut) {
     let channels = x.shape().c;
     (0..x.shape().n * channels).into_par_iter().for_each(|i| {
@@ -24,7 +24,7 @@ pub fn forward(isa: Isa, x: View, y: ViewMut) {
     });
 }
 
-/// dx[n][c][p] = dy[n][c] / (H * W).
+/// `dx[n][c][p] = dy[n][c] / (H * W)`.
 pub fn backward(dy: View, dx: ViewMut, accumulate: bool) {
     let (channels, pixels) = (dx.shape().c, dx.shape().plane());
     (0..dx.shape().n * channels).into_par_iter().for_each(|i| {

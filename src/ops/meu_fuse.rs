@@ -59,8 +59,10 @@ impl MeuFuse {
     }
 
     /// With U = upsample(h):
-    ///   dl = dy * ca,   dca[c] = sum over p of dy * l,
-    ///   dsa[p] = sum over c of dy * U,   dh = upsample^T(dy * sa).
+    /// ```text
+    /// dl = dy * ca,   dca[c] = sum over p of dy * l,
+    /// dsa[p] = sum over c of dy * U,   dh = upsample^T(dy * sa)
+    /// ```
     pub fn backward(&self, isa: Isa, io: MeuBackward) {
         let (low, out) = (io.h.shape(), io.l.shape());
         let map = Bilinear::new((low.h, low.w), (out.h, out.w));

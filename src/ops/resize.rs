@@ -13,7 +13,7 @@ pub(super) fn shape(inputs: &[Shape]) -> Result<Shape, String> {
     }
 }
 
-/// Source positions along one axis: out[i] = in[lo] + frac * (in[hi] - in[lo]).
+/// Source positions along one axis: `out[i] = in[lo] + frac * (in[hi] - in[lo])`.
 #[derive(Debug, Clone)]
 pub struct Axis {
     input: usize,

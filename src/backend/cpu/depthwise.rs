@@ -108,7 +108,7 @@ impl Padded {
         })
     }
 
-    /// out[r][c] = relu?(bias + sum_t w[t] * tap_t(r, c)).
+    /// `out[r][c] = relu?(bias + sum_t w[t] * tap_t(r, c))`.
     pub fn convolve(
         &self,
         isa: Isa,
@@ -121,7 +121,7 @@ impl Padded {
         self.run_convolution(isa, copy, weights, bias, relu, false, out);
     }
 
-    /// out[r][c] += sum_t w[t] * tap_t(r, c), or `=` without `accumulate`.
+    /// `out[r][c] += sum_t w[t] * tap_t(r, c)`, or `=` without `accumulate`.
     pub fn correlate(
         &self,
         isa: Isa,
@@ -152,7 +152,7 @@ impl Padded {
         unsafe { isa.run(kernel) }
     }
 
-    /// dw[t] += sum over outputs of du[r][c] * tap_t(r, c).
+    /// `dw[t] += sum over outputs of du[r][c] * tap_t(r, c)`.
     pub fn weight_gradient(&self, isa: Isa, copy: &[f32], du: &[f32], dw: &mut [f64; 9]) {
         let (oh, ow) = self.output();
         assert!(copy.len() >= self.len() && du.len() == oh * ow);

@@ -1,5 +1,7 @@
 //! The matrix product behind the 1x1 convolutions, with its epilogue fused:
-//!   Y[m][p] = act(sum_k W[m][k] X[k][p] + bias[m] + R[m][p])
+//! ```text
+//! Y[m][p] = act(sum_k W[m][k] X[k][p] + bias[m] + R[m][p])
+//! ```
 //! for M x K weights and K planes of P pixels.
 //!
 //! Pixels are cut into tiles of [`TILE`]. A tile of X is packed into strips of NR pixels, each
@@ -281,7 +283,7 @@ unsafe fn product<S: Simd, const NV: usize, const ROWS: usize>(
     }
 }
 
-/// C[m][k] = sum_p A[m][p] B[k][p] over `pixels` of two sets of planes: the weight gradient of a
+/// `C[m][k] = sum_p A[m][p] B[k][p]` over `pixels` of two sets of planes: the weight gradient of a
 /// 1x1 convolution for one image. `out` is row-major M x K and is overwritten.
 ///
 /// # Safety
