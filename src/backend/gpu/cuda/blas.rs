@@ -45,10 +45,13 @@ impl Blas {
     /// Launches a product; `a`, `b`, `c` are the addresses of its operands.
     pub(super) fn gemm(&self, gemm: &Gemm, [a, b, c]: [CUdeviceptr; 3]) -> Result<()> {
         let alpha = 1.0f32;
-        let data = match gemm.element {
+        let data_type = |element| match element {
             Element::F32 => cudaDataType::CUDA_R_32F,
             Element::F16 => cudaDataType::CUDA_R_16F,
         };
+        // Half-precision operands may have a product in f32, which is rounded once, after bias
+        // and residual.
+        let (data, result_data) = (data_type(gemm.element), data_type(gemm.result));
         let Sizes { m, n, k, batch } = Sizes::of(gemm)?;
         let (a_op, a_stride, a_step) = operand(&gemm.a)?;
         let (b_op, b_stride, b_step) = operand(&gemm.b)?;
@@ -73,7 +76,7 @@ impl Blas {
                 a_step,
                 (&raw const gemm.beta).cast(),
                 c as *mut c_void,
-                data,
+                result_data,
                 c_stride,
                 c_step,
                 batch,
