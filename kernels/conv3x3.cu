@@ -73,7 +73,7 @@ __device__ __forceinline__ void conv3x3_forward(const T* __restrict__ x,
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     conv3x3_forward_f32(const float* x, const float* weights, const float* bias, float* y, int in_c,
                         int out_c, int in_h, int in_w, int out_h, int out_w, int stride,
                         int rectify, int x_batch, int x_plane, int y_batch, int y_plane) {
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(256)
                     x_batch, x_plane, y_batch, y_plane);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     conv3x3_forward_f16(const __half* x, const float* weights, const float* bias, __half* y,
                         int in_c, int out_c, int in_h, int in_w, int out_h, int out_w, int stride,
                         int rectify, int x_batch, int x_plane, int y_batch, int y_plane) {

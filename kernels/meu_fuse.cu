@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(256)
     *target = accumulate ? *target + sum : sum;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     meu_fuse_backward_high_f32(const float* __restrict__ dy, const float* __restrict__ sa, float* dh,
                                int accumulate, int in_h, int in_w, int out_h, int out_w,
                                int dy_batch, int dy_plane, int sa_batch, int dh_batch,
