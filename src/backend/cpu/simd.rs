@@ -15,13 +15,46 @@ pub enum Isa {
 }
 
 /// Work that is compiled once per instruction set.
-pub trait Kernel {
+///
+/// The entry points are methods of this trait, not functions of [`Isa`]: the compiler puts a
+/// method's code beside the type it is for, so that the kernels of different files compile in
+/// parallel instead of piling up in this one.
+pub trait Kernel: Sized {
     /// Does the work with the vectors of `S`.
     ///
     /// # Safety
     /// The processor must support `S`; pointers inside the kernel must be valid as documented
     /// there. Implementations are `#[inline(always)]` so that they take on the caller's features.
     unsafe fn run<S: Simd>(self);
+
+    /// [`Kernel::run`] with 16 lanes.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`].
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn run_avx512(self) {
+        unsafe { self.run::<x86::F32x16>() }
+    }
+
+    /// [`Kernel::run`] with 8 lanes and fused multiply-add.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`].
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn run_avx2(self) {
+        unsafe { self.run::<x86::F32x8>() }
+    }
+
+    /// [`Kernel::run`] in plain Rust.
+    ///
+    /// # Safety
+    /// As [`Kernel::run`].
+    #[inline(never)]
+    unsafe fn run_portable(self) {
+        unsafe { self.run::<Portable>() }
+    }
 }
 
 impl Isa {
@@ -64,23 +97,13 @@ impl Isa {
     /// # Safety
     /// See [`Kernel::run`]; `self` must be one of [`Isa::available`].
     pub unsafe fn run<K: Kernel>(self, kernel: K) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx512f")]
-            unsafe fn avx512<K: Kernel>(kernel: K) {
-                unsafe { kernel.run::<x86::F32x16>() }
-            }
-            #[target_feature(enable = "avx2,fma")]
-            unsafe fn avx2<K: Kernel>(kernel: K) {
-                unsafe { kernel.run::<x86::F32x8>() }
-            }
-            match self {
-                Isa::Avx512 => return unsafe { avx512(kernel) },
-                Isa::Avx2 => return unsafe { avx2(kernel) },
-                Isa::Portable => {}
-            }
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { kernel.run_avx512() },
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { kernel.run_avx2() },
+            _ => unsafe { kernel.run_portable() },
         }
-        unsafe { kernel.run::<Portable>() }
     }
 }
 
