@@ -3,7 +3,8 @@
 use half::f16;
 
 use super::device::{Buffer, Element, GpuDevice, Place};
-use super::lower::{self, Memory, Program, args};
+use super::lower::{self, Memory, Program, Target, args};
+use super::variants::Variants;
 use super::{Command, launch};
 use crate::backend::{AdamStep, Backend, Precision, State};
 use crate::error::{Error, Result};
@@ -21,6 +22,7 @@ const BACKWARD: u32 = 2;
 pub struct GpuBackend<D> {
     device: D,
     precision: Precision,
+    variants: Option<Variants>,
     prepared: Option<Prepared>,
 }
 
@@ -42,7 +44,13 @@ struct Prepared {
 impl<D: GpuDevice> GpuBackend<D> {
     /// A backend on an opened device.
     pub fn new(device: D, precision: Precision) -> Self {
-        GpuBackend { device, precision, prepared: None }
+        GpuBackend { device, precision, variants: None, prepared: None }
+    }
+
+    /// The same with a fixed choice of kernels, for plans prepared from now on. Without it the
+    /// variable `FPENET_VARIANTS` chooses, else [`Variants::default`].
+    pub fn with_variants(self, variants: Variants) -> Self {
+        GpuBackend { variants: Some(variants), ..self }
     }
 
     /// The device.
@@ -131,6 +139,10 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
     }
 
     fn prepare(&mut self, plan: &Plan) -> Result<()> {
+        let variants = match self.variants {
+            Some(variants) => variants,
+            None => Variants::from_env()?.unwrap_or_default(),
+        };
         self.release()?;
         let training = plan.mode == Mode::Training;
         let element = match self.precision {
@@ -171,10 +183,10 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             inverse_count,
             loss,
         };
-        let limit = device.shared_memory_limit();
-        let needed = lower::lower(plan, &memory, element, limit)?.scratch_bytes;
+        let target = Target { element, shared_limit: device.shared_memory_limit(), variants };
+        let needed = lower::lower(plan, &memory, target)?.scratch_bytes;
         memory.scratch = device.alloc(needed.max(4), "scratch")?;
-        let program = lower::lower(plan, &memory, element, limit)?;
+        let program = lower::lower(plan, &memory, target)?;
         self.prepared = Some(Prepared {
             memory,
             moments,

@@ -9,7 +9,9 @@ pub mod device;
 pub mod emulated;
 pub mod launch;
 pub mod lower;
+pub mod variants;
 
 pub use backend::GpuBackend;
 pub use device::{Buffer, Element, GpuDevice, Place};
 pub use launch::{Arg, Command, Gemm, Launch, Matrix};
+pub use variants::Variants;

@@ -5,6 +5,7 @@ mod forward;
 
 use super::device::{Buffer, Element, Place};
 use super::launch::{self, Arg, Command, Gemm, Launch};
+use super::variants::Variants;
 use crate::error::{Error, Result};
 use crate::graph::{Mode, ParamId, Plan, Tensor};
 use crate::ops::Act;
@@ -59,23 +60,29 @@ impl Program {
     }
 }
 
-/// Lowers a plan for tensors stored as `element`, with at most `shared_limit` bytes of shared memory
-/// per block.
+/// What a plan is lowered for.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// Storage of the tensors.
+    pub element: Element,
+    /// Most shared memory of a block, in bytes.
+    pub shared_limit: usize,
+    /// Which kernels do the work.
+    pub variants: Variants,
+}
+
+/// Lowers a plan.
 ///
 /// # Errors
 /// [`Error::Usage`] for tensors whose strides exceed what the kernels index.
-pub fn lower(
-    plan: &Plan,
-    memory: &Memory,
-    element: Element,
-    shared_limit: usize,
-) -> Result<Program> {
+pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
     check_sizes(plan)?;
     let mut lowering = Lowering {
         plan,
         memory,
-        element,
-        shared_limit,
+        element: target.element,
+        shared_limit: target.shared_limit,
+        variants: target.variants,
         commands: Vec::new(),
         scratch: 0,
         scratch_peak: 0,
@@ -133,6 +140,8 @@ struct Lowering<'a> {
     memory: &'a Memory,
     element: Element,
     shared_limit: usize,
+    #[expect(dead_code, reason = "the kernels to choose from follow")]
+    variants: Variants,
     commands: Vec<Command>,
     scratch: usize,
     scratch_peak: usize,

@@ -1,0 +1,209 @@
+//! Which of several kernels does a piece of work. Every choice gives the same result up to
+//! rounding; which is fastest depends on the card, the size and the precision.
+
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Who multiplies in a 1x1 convolution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Products {
+    /// cuBLAS, then a kernel for bias, residual and non-linearity: the plain way.
+    Blas,
+    /// One kernel of ours for all of it (kernels/conv1x1.cu).
+    Fused,
+}
+
+/// How the projection of a block and the expansion of the next one run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pairs {
+    /// One after the other, each as [`Variants::products`] says.
+    Separate,
+    /// In one launch (kernels/pe.cu), for the widths that it has.
+    Fused,
+}
+
+/// What the cascade keeps its planes in while it works on them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CascadePlanes {
+    /// f32 in shared memory, whatever the tensors' storage.
+    Wide,
+    /// The tensors' own storage: with f16 tensors half the shared memory.
+    Stored,
+}
+
+/// The choices for one plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Variants {
+    /// 1x1 convolutions.
+    pub products: Products,
+    /// Projection with the next expansion.
+    pub pairs: Pairs,
+    /// Pixels of a block that makes a pair, 32, 64 or 128; the largest up to it that fits.
+    pub pair_pixels: usize,
+    /// Whether a pair keeps its weights in shared memory, where they fit; else they come through L1.
+    pub stage_weights: bool,
+    /// Planes of the cascade.
+    pub cascade: CascadePlanes,
+}
+
+impl Default for Variants {
+    fn default() -> Self {
+        Variants {
+            products: Products::Fused,
+            pairs: Pairs::Fused,
+            pair_pixels: 64,
+            stage_weights: true,
+            cascade: CascadePlanes::Stored,
+        }
+    }
+}
+
+impl Variants {
+    /// Every choice the plain way: what the others are checked against.
+    pub const PLAIN: Variants = Variants {
+        products: Products::Blas,
+        pairs: Pairs::Separate,
+        pair_pixels: 64,
+        stage_weights: false,
+        cascade: CascadePlanes::Wide,
+    };
+
+    /// Name of the variable that [`Variants::from_env`] reads.
+    pub const VARIABLE: &str = "FPENET_VARIANTS";
+
+    /// The choices in the variable `FPENET_VARIANTS`, if it is set; see [`Variants::from_str`].
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for text that names no choice.
+    pub fn from_env() -> Result<Option<Self>> {
+        match std::env::var(Self::VARIABLE) {
+            Ok(text) if !text.is_empty() => text.parse().map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Takes one `key=value`.
+    fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), &'static str> {
+        fn one_of<T: Copy>(
+            value: &str,
+            names: &[(&str, T)],
+            expected: &'static str,
+        ) -> std::result::Result<T, &'static str> {
+            names.iter().find(|(name, _)| *name == value).map(|(_, v)| *v).ok_or(expected)
+        }
+        match key {
+            "products" => {
+                let names = [("blas", Products::Blas), ("fused", Products::Fused)];
+                self.products = one_of(value, &names, "blas or fused")?;
+            }
+            "pairs" => {
+                let names = [("separate", Pairs::Separate), ("fused", Pairs::Fused)];
+                self.pairs = one_of(value, &names, "separate or fused")?;
+            }
+            "pair_pixels" => {
+                let names = [("32", 32), ("64", 64), ("128", 128)];
+                self.pair_pixels = one_of(value, &names, "32, 64 or 128")?;
+            }
+            "stage_weights" => {
+                self.stage_weights = one_of(value, &SWITCH, "on or off")?;
+            }
+            "cascade" => {
+                let names = [("wide", CascadePlanes::Wide), ("stored", CascadePlanes::Stored)];
+                self.cascade = one_of(value, &names, "wide or stored")?;
+            }
+            _ => return Err("one of products, pairs, pair_pixels, stage_weights, cascade"),
+        }
+        Ok(())
+    }
+}
+
+/// `on` and `off`.
+const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
+
+impl std::fmt::Display for Variants {
+    /// As [`Variants::from_str`] reads it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let products = match self.products {
+            Products::Blas => "blas",
+            Products::Fused => "fused",
+        };
+        let pairs = match self.pairs {
+            Pairs::Separate => "separate",
+            Pairs::Fused => "fused",
+        };
+        let cascade = match self.cascade {
+            CascadePlanes::Wide => "wide",
+            CascadePlanes::Stored => "stored",
+        };
+        let switch = |on: bool| if on { "on" } else { "off" };
+        write!(
+            f,
+            "products={products},pairs={pairs},pair_pixels={},stage_weights={},cascade={cascade}",
+            self.pair_pixels,
+            switch(self.stage_weights),
+        )
+    }
+}
+
+impl FromStr for Variants {
+    type Err = Error;
+
+    /// `plain`, `default`, or a list `key=value,...` of changes; `plain,pairs=fused` changes the
+    /// plain choices, a list alone the default ones.
+    fn from_str(text: &str) -> Result<Self> {
+        let mut variants = Variants::default();
+        for (i, item) in text.split(',').map(str::trim).enumerate() {
+            let wrong = |expected: &str| {
+                Error::Usage(format!("variants: expected {expected}, found {item:?}"))
+            };
+            match item.split_once('=') {
+                Some((key, value)) => variants.set(key, value).map_err(|expected| {
+                    let what = if expected.starts_with("one of") { "" } else { "=" };
+                    let key = if what.is_empty() { "" } else { key };
+                    wrong(&format!("{key}{what}{expected}"))
+                })?,
+                None if i == 0 && item == "plain" => variants = Variants::PLAIN,
+                None if i == 0 && item == "default" => {}
+                None => return Err(wrong("plain, default or KEY=VALUE")),
+            }
+        }
+        Ok(variants)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        for variants in [Variants::default(), Variants::PLAIN] {
+            assert_eq!(variants.to_string().parse::<Variants>().unwrap(), variants);
+            let json = serde_json::to_string(&variants).unwrap();
+            assert_eq!(serde_json::from_str::<Variants>(&json).unwrap(), variants);
+        }
+    }
+
+    #[test]
+    fn a_list_changes_what_it_starts_from() {
+        let found: Variants = "plain,pairs=fused,pair_pixels=32".parse().unwrap();
+        assert_eq!(found, Variants { pairs: Pairs::Fused, pair_pixels: 32, ..Variants::PLAIN });
+        let found: Variants = "products=blas".parse().unwrap();
+        assert_eq!(found, Variants { products: Products::Blas, ..Variants::default() });
+    }
+
+    #[test]
+    fn a_wrong_choice_names_what_would_be_right() {
+        let message = |text: &str| text.parse::<Variants>().unwrap_err().to_string();
+        assert!(message("pairs=both").contains("expected pairs=separate or fused"));
+        assert!(message("pear=fused").contains("expected one of products, pairs"));
+        assert!(message("fast").contains("expected plain, default or KEY=VALUE, found \"fast\""));
+    }
+}
