@@ -9,9 +9,9 @@
 #else
 #include <cuda_fp16.h>
 
-// Dynamic shared memory under a typed name, aligned to 16 bytes.
+// Dynamic shared memory under a typed name, aligned to 128 bytes.
 #define DYNAMIC_SHARED(type, name)                                             \
-    extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];     \
+    extern __shared__ __align__(128) unsigned char dynamic_shared_memory[];     \
     type* name = reinterpret_cast<type*>(dynamic_shared_memory)
 #endif
 

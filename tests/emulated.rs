@@ -5,6 +5,10 @@
 
 #[path = "emulated/harness.rs"]
 mod harness;
+#[path = "emulated/products.rs"]
+mod products;
+#[path = "emulated/tensor_cores.rs"]
+mod tensor_cores;
 
 use std::path::{Path, PathBuf};
 

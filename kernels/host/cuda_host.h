@@ -34,6 +34,11 @@ void block_barrier(int line);
 void warp_barrier(unsigned mask, int line);
 // The lanes exchange 8-byte values; returns the one of `source`.
 uint64_t exchange(unsigned mask, uint64_t value, int source, int line);
+// The whole warp meets; `all` gets every lane's value. True for the one lane that goes on first:
+// what it does then, the others find done.
+bool gather(uint64_t value, uint64_t (&all)[32], int line);
+// Ends the launch with an error.
+void fail(const char* problem, int line);
 // Lane of the calling thread.
 int lane();
 
@@ -100,6 +105,17 @@ T __ldg(const T* p) {
     return *p;
 }
 
+// Vectors, for loads and stores of 8 and 16 bytes (common.cuh, load_wide, store_wide).
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
 // Half precision by its bits, rounded to nearest even as the hardware does.
 struct __half {
     uint16_t bits;
@@ -142,3 +158,6 @@ inline __half __float2half(float f) {
     bits += 0xfff + odd - ((127 - 15) << 23);
     return {static_cast<uint16_t>(sign | bits >> 13)};
 }
+
+inline unsigned short __half_as_ushort(__half h) { return h.bits; }
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }

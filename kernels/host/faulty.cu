@@ -1,6 +1,7 @@
 // Kernels with one mistake each, for the tests of the emulation: it has to find them.
 // Built for the host only.
 #include "common.cuh"
+#include "host/wmma.h"
 
 // Reverses a block's values through shared memory; right with `barrier`, a race without.
 extern "C" __global__ void faulty_reverse(const float* x, float* y, int barrier) {
@@ -34,4 +35,40 @@ extern "C" __global__ void warp_exchange(const float* x, float* sum, float* next
     next[threadIdx.x] = __shfl_sync(0xffffffffu, v[0], neighbour);
     block_sum(v, shared);
     if (threadIdx.x == 0) *sum = v[0];
+}
+
+// c = a b + c for 16 x 16 matrices of halves by each warp, a by rows and b by rows or columns,
+// through wmma. `fault` 1: a lane stays away from the product; 2: the lanes' addresses differ;
+// 3: an address is not aligned; 4: shared memory that another lane wrote, read without a barrier.
+extern "C" __global__ void warp_product(const float* a, const float* b, float* c, int columns,
+                                        int fault) {
+    using namespace nvcuda::wmma;
+    DYNAMIC_SHARED(float, shared);
+    float* sums = shared + 512 * (threadIdx.x / 32);
+    __half* left = reinterpret_cast<__half*>(sums + 256);
+    __half* right = left + 256;
+    const int lane = threadIdx.x % 32;
+    for (int i = lane; i < 256; i += 32) {
+        sums[i] = c[i];
+        left[i] = __float2half(a[i]);
+        right[i] = __float2half(b[i]);
+    }
+    if (fault != 4) __syncwarp();
+    fragment<matrix_a, 16, 16, 16, __half, row_major> fa;
+    fragment<matrix_b, 16, 16, 16, __half, row_major> fb_rows;
+    fragment<matrix_b, 16, 16, 16, __half, col_major> fb_columns;
+    fragment<accumulator, 16, 16, 16, float> fc;
+    load_matrix_sync(fa, left + (fault == 3 ? 8 : fault == 2 ? 16 * (lane / 16) : 0), 16);
+    load_matrix_sync(fc, sums, 16, mem_row_major);
+    if (fault == 1 && lane == 17) return;
+    if (columns) {
+        load_matrix_sync(fb_columns, right, 16);
+        mma_sync(fc, fa, fb_columns, fc);
+    } else {
+        load_matrix_sync(fb_rows, right, 16);
+        mma_sync(fc, fa, fb_rows, fc);
+    }
+    store_matrix_sync(sums, fc, 16, mem_row_major);
+    __syncwarp();
+    for (int i = lane; i < 256; i += 32) c[i] = sums[i];
 }

@@ -53,6 +53,7 @@ struct Fiber {
     int line = 0;
     unsigned mask = 0;
     unsigned exchanges = 0;
+    unsigned gathered = 0;  // of lane 0: the last exchange that a first lane has worked on
     uint64_t slots[2] = {0, 0};
     HostIndex index = {0, 0, 0};
 };
@@ -85,6 +86,7 @@ struct Machine {
     Fiber* current = nullptr;
     const KernelEntry* kernel = nullptr;
     void* const* args = nullptr;
+    const char* problem = nullptr;
     std::vector<unsigned char> shared;
     unsigned char* dynamic = nullptr;
 
@@ -182,6 +184,7 @@ bool Machine::run_block(size_t threads, int how, Random& random, char* message, 
                 fibers[i].state = READY;
                 fibers[i].line = 0;
                 fibers[i].exchanges = 0;
+                fibers[i].gathered = 0;
             }
         }
     }
@@ -194,6 +197,13 @@ bool Machine::run_block(size_t threads, int how, Random& random, char* message, 
             current = &fiber;
             threadIdx = fiber.index;
             fpenet_fiber_switch(&scheduler, fiber.pointer);
+            if (problem != nullptr) {
+                snprintf(message, len, "%s (line %d, thread %u, block %u, %u, %u)", problem,
+                         fiber.line, thread, blockIdx.x, blockIdx.y, blockIdx.z);
+                problem = nullptr;
+                for (Fiber& stopped : fibers) rewind(stopped);
+                return false;
+            }
             if (fiber.state == DONE) --running;
         }
         if (running == 0) return true;
@@ -234,6 +244,21 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, int line) {
     return machine.fibers[base + static_cast<size_t>(source & 31)].slots[slot];
 }
 
+bool gather(uint64_t value, uint64_t (&all)[32], int line) {
+    Fiber* me = machine.current;
+    const unsigned slot = me->exchanges & 1;
+    exchange(0xffffffffu, value, 0, line);
+    Fiber* warp = &machine.fibers[static_cast<size_t>(me - machine.fibers.data()) & ~size_t{31}];
+    for (int i = 0; i < 32; ++i) all[i] = warp[i].slots[slot];
+    return std::exchange(warp->gathered, me->exchanges) != me->exchanges;
+}
+
+void fail(const char* problem, int line) {
+    machine.problem = problem;
+    machine.current->line = line;
+    yield();
+}
+
 }  // namespace fpenet_host
 
 using namespace fpenet_host;
@@ -253,7 +278,7 @@ extern "C" int fpenet_host_launch(const KernelEntry* kernel, const unsigned* gri
     m.args = args;
     m.shared.assign(shared_bytes + 2 * CANARY, CANARY_BYTE);
     unsigned char* start = m.shared.data() + CANARY;
-    start += -reinterpret_cast<uintptr_t>(start) & 15;
+    start += -reinterpret_cast<uintptr_t>(start) & 127;
     m.dynamic = start;
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {block[0], block[1], block[2]};

@@ -1,8 +1,8 @@
 //! One operator as a plan of its own, run on a backend with fences between its tensors.
 
 use fpenet::backend::cpu::CpuBackend;
-use fpenet::backend::gpu::GpuBackend;
 use fpenet::backend::gpu::emulated::{Emulated, Order};
+use fpenet::backend::gpu::{GpuBackend, Variants};
 use fpenet::backend::{Backend, Precision, State};
 use fpenet::graph::{GradSlot, Mode, ParamId, ParamRole, ParamSpec, Plan, Shape, Step, Tensor};
 use fpenet::ops::{Conv3x3, Op};
@@ -44,6 +44,11 @@ impl Params {
         let name = format!("p{}", self.0.len());
         self.0.push(ParamSpec { name, shape: shape.to_vec(), role, offset });
         ParamId(self.0.len() - 1)
+    }
+
+    /// The table.
+    pub fn specs(&self) -> Vec<ParamSpec> {
+        self.0.clone()
     }
 }
 
@@ -208,12 +213,21 @@ pub fn run(case: &Case, backend: &mut dyn Backend, seed: u64) -> Results {
 }
 
 pub fn emulated(order: Order, shared: usize, precision: Precision) -> GpuBackend<Emulated> {
-    GpuBackend::new(Emulated::new(order, shared), precision)
+    with_variants(order, shared, precision, Variants::default())
+}
+
+pub fn with_variants(
+    order: Order,
+    shared: usize,
+    precision: Precision,
+    variants: Variants,
+) -> GpuBackend<Emulated> {
+    GpuBackend::new(Emulated::new(order, shared), precision).with_variants(variants)
 }
 
 /// Norm of the difference over norm of the reference; absolute below 1e-7, where a gradient is
 /// nothing but rounding.
-fn distance(found: &[f32], reference: &[f32]) -> f64 {
+pub fn distance(found: &[f32], reference: &[f32]) -> f64 {
     assert_eq!(found.len(), reference.len());
     let (mut difference, mut norm) = (0.0, 0.0);
     for (&a, &b) in found.iter().zip(reference) {
@@ -225,10 +239,16 @@ fn distance(found: &[f32], reference: &[f32]) -> f64 {
 
 /// The emulated device against the CPU, and its three thread orders against each other bit by bit.
 pub fn check(case: &Case, shared: usize) {
+    check_variants(case, shared, Variants::default());
+}
+
+/// [`check`] with a choice of kernels.
+pub fn check_variants(case: &Case, shared: usize, variants: Variants) {
     let seed = 7;
+    let emulated = |order| with_variants(order, shared, Precision::F32, variants);
     let mut cpu = CpuBackend::new(Some(1)).unwrap();
     let reference = run(case, &mut cpu, seed);
-    let found = run(case, &mut emulated(Order::Forward, shared, Precision::F32), seed);
+    let found = run(case, &mut emulated(Order::Forward), seed);
     for ((name, a), (_, b)) in found.iter().zip(&reference) {
         // The tolerances of the reference folders: 1e-5 for outputs, 1e-4 for gradients.
         let tolerance = if name == "output" || name == "loss" { 1e-5 } else { 1e-4 };
@@ -236,7 +256,7 @@ pub fn check(case: &Case, shared: usize) {
         assert!(error <= tolerance, "{}: {name}: relative L2 {error:e}", case.what());
     }
     for order in [Order::Reverse, Order::Shuffled(seed)] {
-        let other = run(case, &mut emulated(order, shared, Precision::F32), seed);
+        let other = run(case, &mut emulated(order), seed);
         for ((name, a), (_, b)) in other.iter().zip(&found) {
             let same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "{}: {name} depends on the order of threads: {order:?}", case.what());
@@ -247,13 +267,19 @@ pub fn check(case: &Case, shared: usize) {
 /// Half-precision storage against the CPU in f32: 1e-2, the project's tolerance. Operands alone are
 /// rounded by up to 5e-4.
 pub fn check_half(case: &Case, shared: usize) {
+    check_half_variants(case, shared, Variants::default());
+}
+
+/// [`check_half`] with a choice of kernels.
+pub fn check_half_variants(case: &Case, shared: usize, variants: Variants) {
+    let emulated = |order| with_variants(order, shared, Precision::F16, variants);
     let mut cpu = CpuBackend::new(Some(1)).unwrap();
     let reference = run(case, &mut cpu, 7);
-    let found = run(case, &mut emulated(Order::Forward, shared, Precision::F16), 7);
+    let found = run(case, &mut emulated(Order::Forward), 7);
     for ((name, a), (_, b)) in found.iter().zip(&reference) {
         let error = distance(a, b);
         assert!(error <= 1e-2, "{}: {name} in half precision: {error:e}", case.what());
     }
-    let other = run(case, &mut emulated(Order::Shuffled(7), shared, Precision::F16), 7);
+    let other = run(case, &mut emulated(Order::Shuffled(7)), 7);
     assert!(other == found, "{}: depends on the order of threads", case.what());
 }

@@ -296,3 +296,115 @@ pub fn cascade_forward(
         args,
     }
 }
+
+/// Blocks that a launch should have before one of them takes on more than one tile of outputs: a
+/// little more than the multiprocessors of the largest card.
+const ENOUGH_BLOCKS: usize = 160;
+
+/// conv1x1.cu, tensor cores: a tile of output channels and pixels per block; all of the outputs
+/// where the input's channels stay in shared memory and the pixels make enough blocks.
+pub fn conv1x1_f16(output: Shape, inputs: usize, args: Vec<Arg>) -> Launch {
+    const DEPTH: usize = 64;
+    let (kernel, rows, pixels) = match output.c {
+        0..=16 => ("conv1x1_f16_r16", 16, 128),
+        17..=32 => ("conv1x1_f16_r32", 32, 64),
+        _ => ("conv1x1_f16_r64", 64, 64),
+    };
+    let (across, tiles) = (output.plane().div_ceil(pixels), output.c.div_ceil(rows));
+    let groups = if inputs <= DEPTH { ENOUGH_BLOCKS.div_ceil(across * output.n) } else { tiles };
+    let sums = (2 * rows * (DEPTH + 8)).max(4 * rows * (pixels + 4));
+    Launch {
+        kernel,
+        grid: grid(across, groups.min(tiles), output.n),
+        block: [THREADS, 1, 1],
+        shared_bytes: (2 * DEPTH * (pixels + 8) + sums) as u32,
+        args,
+    }
+}
+
+/// conv1x1.cu, CUDA cores: 64 output channels and 64 pixels per block.
+pub fn conv1x1_f32(output: Shape, args: Vec<Arg>) -> Launch {
+    Launch {
+        kernel: "conv1x1_tile_f32",
+        grid: grid(output.plane().div_ceil(64), output.c.div_ceil(64), output.n),
+        block: [THREADS, 1, 1],
+        shared_bytes: 4 * 2 * 16 * (64 + 4),
+        args,
+    }
+}
+
+/// conv1x1.cu, a thread per pixel and output channel.
+pub fn conv1x1_thin(kernel: &'static str, output: Shape, args: Vec<Arg>) -> Launch {
+    let blocks = output.plane().div_ceil(THREADS as usize);
+    launch(kernel, grid(blocks, output.c, output.n), [THREADS, 1, 1], args)
+}
+
+/// conv1x1.cu, a warp per output channel of one pixel.
+pub fn conv1x1_vector(kernel: &'static str, output: Shape, args: Vec<Arg>) -> Launch {
+    let warps = THREADS as usize / 32;
+    launch(kernel, grid(output.c.div_ceil(warps), 1, output.n), [THREADS, 1, 1], args)
+}
+
+/// How pe.cu makes a projection and the next expansion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PairTiling {
+    /// Entry point.
+    pub kernel: &'static str,
+    /// Pixels of a block.
+    pub pixels: usize,
+    /// Whether weights are in shared memory.
+    pub staged: bool,
+    /// Dynamic shared memory.
+    pub shared_bytes: usize,
+}
+
+/// The largest tile of up to `pixels` pixels for blocks of `width` channels (expanded: four times as
+/// many) that fits into `limit` bytes, with its weights if that is wanted and possible. None for
+/// widths that pe.cu does not have.
+pub fn pair_tiling(
+    element: Element,
+    width: usize,
+    pixels: usize,
+    stage_weights: bool,
+    limit: usize,
+) -> Option<PairTiling> {
+    const F16: [(usize, usize, &str); 4] = [
+        (32, 128, "pair_f16_c32_p128"),
+        (32, 64, "pair_f16_c32_p64"),
+        (64, 64, "pair_f16_c64_p64"),
+        (64, 32, "pair_f16_c64_p32"),
+    ];
+    const F32: [(usize, usize, &str); 2] = [(32, 64, "pair_f32_c32"), (64, 64, "pair_f32_c64")];
+    let expanded = 4 * width;
+    let tile = |&(_, pixels, kernel): &(usize, usize, &'static str)| match element {
+        Element::F16 => {
+            let activations = 2 * (expanded + width) * (pixels + 8);
+            let weights = 2 * (width * (expanded + 8) + expanded * (width + 8));
+            let staged = stage_weights && activations + weights <= limit;
+            let shared_bytes = activations + if staged { weights } else { 0 };
+            PairTiling { kernel, pixels, staged, shared_bytes }
+        }
+        Element::F32 => {
+            let shared_bytes = 4 * (width + 2 * 16) * (pixels + 4);
+            PairTiling { kernel, pixels, staged: false, shared_bytes }
+        }
+    };
+    let all = match element {
+        Element::F16 => &F16[..],
+        Element::F32 => &F32[..],
+    };
+    let of_width = all.iter().filter(|(w, ..)| *w == width).map(tile);
+    let fitting = of_width.filter(|tiling| tiling.shared_bytes <= limit);
+    fitting.clone().find(|tiling| tiling.pixels <= pixels).or(fitting.last())
+}
+
+/// pe.cu: a block per tile of pixels.
+pub fn pair(tiling: PairTiling, output: Shape, args: Vec<Arg>) -> Launch {
+    Launch {
+        kernel: tiling.kernel,
+        grid: grid(output.plane().div_ceil(tiling.pixels), 1, output.n),
+        block: [THREADS, 1, 1],
+        shared_bytes: tiling.shared_bytes as u32,
+        args,
+    }
+}

@@ -1,7 +1,8 @@
 //! Loss and backward steps; training plans store f32. Every parameter belongs to one operator, so
 //! its gradient is overwritten, never added to.
 
-use super::forward::{Saved, planes_matrix};
+use super::forward::Saved;
+use super::products::planes_matrix;
 use super::{Lowering, act_code, args};
 use crate::backend::gpu::device::{Element, Place};
 use crate::backend::gpu::launch::{self, Arg, Gemm, Matrix};

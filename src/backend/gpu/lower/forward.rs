@@ -1,18 +1,19 @@
 //! Forward steps, inference and training.
 
+use super::products::{self, dense_like};
 use super::{Lowering, Typed, act_code, args};
-use crate::backend::gpu::device::{Element, Place};
-use crate::backend::gpu::launch::{self, Arg, CascadeShape, Gemm, Matrix};
+use crate::backend::gpu::device::Place;
+use crate::backend::gpu::launch::{self, Arg, CascadeShape};
 use crate::graph::{ParamId, Step, Tensor};
 use crate::ops::batch_norm::{EPS, MOMENTUM};
-use crate::ops::{Act, BnParams, Cascade, Conv1x1, Conv3x3, Norm, Op};
+use crate::ops::{Act, BnParams, Cascade, Conv3x3, Norm, Op};
 
 pub(super) fn step(low: &mut Lowering, step: &Step) {
     let (input, output) = (|i: usize| &step.inputs[i], &step.output);
     match &step.op {
         Op::Input { .. } => {}
         Op::Conv3x3(op) => conv3x3(low, op, input(0), output),
-        Op::Conv1x1(op) => conv1x1(low, op, input(0), step.inputs.get(1), output),
+        Op::Conv1x1(op) => products::conv1x1(low, op, input(0), step.inputs.get(1), output),
         Op::BatchNorm(op) => {
             let saved = Saved::of(low, &step.saved[0]);
             let norm = Norms { x: input(0), y: output, params: &op.params, saved, act: op.act };
@@ -159,63 +160,6 @@ fn conv3x3(low: &mut Lowering, op: &Conv3x3, x: &Tensor, y: &Tensor) {
     low.launch(launch::conv3x3_forward(name, y.shape, op.stride, args));
 }
 
-/// Y = W X image by image, then bias, residual and non-linearity. A half-precision product that
-/// something follows goes to f32 scratch first: rounding the sum once keeps the error down.
-fn conv1x1(low: &mut Lowering, op: &Conv1x1, x: &Tensor, residual: Option<&Tensor>, y: &Tensor) {
-    let finished = op.bias.is_none() && residual.is_none() && op.act == Act::None;
-    let (product, like, result) = if finished || low.element == Element::F32 {
-        (low.at(y), *y, low.element)
-    } else {
-        (low.scratch(y.shape.len()), dense_like(y), Element::F32)
-    };
-    low.gemm(Gemm {
-        m: op.out_channels,
-        n: x.shape.plane(),
-        k: op.in_channels,
-        batch: x.shape.n,
-        a: Matrix {
-            at: low.param_stored(op.weight),
-            row_stride: op.in_channels,
-            batch_stride: 0,
-            transposed: false,
-        },
-        b: planes_matrix(low, x),
-        c: Matrix { at: product, ..planes_matrix(low, &like) },
-        beta: 0.0,
-        element: low.element,
-        result,
-    });
-    if finished {
-        return;
-    }
-    let name = low.name(Typed { f32: "conv1x1_epilogue_f32", f16: "conv1x1_epilogue_f16" });
-    let args = args![
-        product,
-        low.at(y),
-        op.bias.map(|b| low.param(b)),
-        residual.map(|r| low.at(r)),
-        act_code(op.act),
-        y.shape.plane(),
-        like.batch_stride,
-        like.plane_stride,
-        y.batch_stride,
-        y.plane_stride,
-        residual.map_or(0, |r| r.batch_stride),
-        residual.map_or(0, |r| r.plane_stride),
-    ];
-    low.launch(launch::planes(name, y.shape, args));
-}
-
-/// An image's planes as a matrix, channels x pixels.
-pub(super) fn planes_matrix(low: &Lowering, tensor: &Tensor) -> Matrix {
-    Matrix {
-        at: low.at(tensor),
-        row_stride: tensor.plane_stride,
-        batch_stride: tensor.batch_stride,
-        transposed: false,
-    }
-}
-
 /// Mean and 1 / sqrt(var + eps) of a batch norm's channels, as the forward leaves them.
 #[derive(Clone, Copy)]
 pub(super) struct Saved {
@@ -341,12 +285,6 @@ fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: 
             }
         }
     }
-}
-
-/// A tensor's dense twin, for a copy in scratch.
-fn dense_like(x: &Tensor) -> Tensor {
-    let plane_stride = x.shape.plane();
-    Tensor { offset: 0, shape: x.shape, plane_stride, batch_stride: plane_stride * x.shape.c }
 }
 
 /// u_i = D_i(x_i + y_{i-1}), with bias and ReLU where a bias is given.

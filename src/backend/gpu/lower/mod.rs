@@ -2,6 +2,7 @@
 
 mod backward;
 mod forward;
+mod products;
 
 use super::device::{Buffer, Element, Place};
 use super::launch::{self, Arg, Command, Gemm, Launch};
@@ -88,9 +89,17 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         scratch_peak: 0,
     };
     let mut program = Program::default();
-    for step in &plan.steps {
+    let mut done = false;
+    for (i, step) in plan.steps.iter().enumerate() {
         lowering.scratch = 0;
-        forward::step(&mut lowering, step);
+        // What the launch of the step before did as well has no command of its own.
+        if !std::mem::take(&mut done) {
+            let next = plan.steps.get(i + 1);
+            done = next.is_some_and(|next| products::pair(&mut lowering, step, next));
+            if !done {
+                forward::step(&mut lowering, step);
+            }
+        }
         program.step_ends.push(lowering.commands.len());
     }
     program.forward = std::mem::take(&mut lowering.commands);
@@ -140,7 +149,6 @@ struct Lowering<'a> {
     memory: &'a Memory,
     element: Element,
     shared_limit: usize,
-    #[expect(dead_code, reason = "the kernels to choose from follow")]
     variants: Variants,
     commands: Vec<Command>,
     scratch: usize,

@@ -1,0 +1,185 @@
+//! 1x1 convolutions: by cuBLAS, by one kernel each, or two of them in one launch.
+
+use super::{Lowering, Typed, act_code, args};
+use crate::backend::gpu::device::Element;
+use crate::backend::gpu::launch::{self, Arg, Gemm, Matrix};
+use crate::backend::gpu::variants::{Pairs, Products};
+use crate::graph::{Mode, Step, Tensor};
+use crate::ops::{Act, Conv1x1, Op};
+
+/// y = act(W x + b + residual).
+pub(super) fn conv1x1(
+    low: &mut Lowering,
+    op: &Conv1x1,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    y: &Tensor,
+) {
+    // Training has plain products of large batches, and batch norm behind them.
+    if low.plan.mode == Mode::Training || low.variants.products == Products::Blas {
+        by_blas(low, op, x, residual, y);
+    } else {
+        by_kernel(low, op, x, residual, y);
+    }
+}
+
+fn by_kernel(low: &mut Lowering, op: &Conv1x1, x: &Tensor, residual: Option<&Tensor>, y: &Tensor) {
+    let vector = y.shape.plane() == 1;
+    let thin = op.in_channels <= 16 && op.out_channels <= 4;
+    let weights = match low.element {
+        Element::F16 if !vector && !thin => low.param_stored(op.weight),
+        _ => low.param(op.weight),
+    };
+    let args = args![
+        low.at(x),
+        weights,
+        op.bias.map(|b| low.param(b)),
+        residual.map(|r| low.at(r)),
+        low.at(y),
+        act_code(op.act),
+        op.in_channels,
+        op.out_channels,
+        1usize,
+        x.shape.w,
+        y.shape.w,
+        y.shape.plane(),
+        x.batch_stride,
+        x.plane_stride,
+        residual.map_or(0, |r| r.batch_stride),
+        residual.map_or(0, |r| r.plane_stride),
+        y.batch_stride,
+        y.plane_stride,
+    ];
+    let launch = if vector {
+        let name = low.name(Typed { f32: "conv1x1_vector_f32", f16: "conv1x1_vector_f16" });
+        launch::conv1x1_vector(name, y.shape, args)
+    } else if thin {
+        let name = low.name(Typed { f32: "conv1x1_thin_f32", f16: "conv1x1_thin_f16" });
+        launch::conv1x1_thin(name, y.shape, args)
+    } else {
+        match low.element {
+            Element::F32 => launch::conv1x1_f32(y.shape, args),
+            Element::F16 => launch::conv1x1_f16(y.shape, op.in_channels, args),
+        }
+    };
+    low.launch(launch);
+}
+
+/// A projection and the expansion of its result in one launch, where the kernel has their shapes and
+/// the plan leaves it the room; false where it does not.
+pub(super) fn pair(low: &mut Lowering, first: &Step, second: &Step) -> bool {
+    let (Op::Conv1x1(project), Op::Conv1x1(expand)) = (&first.op, &second.op) else { return false };
+    let (x, residual, y, z) =
+        (&first.inputs[0], first.inputs.get(1), &first.output, &second.output);
+    let width = project.out_channels;
+    let fits = low.plan.mode != Mode::Training
+        && low.variants.pairs == Pairs::Fused
+        && second.inputs == [*y]
+        && project.in_channels == 4 * width
+        && expand.out_channels == 4 * width
+        && [project.act, expand.act].iter().all(|act| *act != Act::Sigmoid);
+    // Blocks write z while others still read x and the residual.
+    let apart = |other: &Tensor| !overlap(z, other);
+    if !fits || !(apart(x) || z == x) || !residual.is_none_or(apart) {
+        return false;
+    }
+    let (pixels, stage) = (low.variants.pair_pixels, low.variants.stage_weights);
+    let tiling = launch::pair_tiling(low.element, width, pixels, stage, low.shared_limit);
+    let Some(tiling) = tiling else { return false };
+    let mut args = args![
+        low.at(x),
+        low.param_stored(project.weight),
+        project.bias.map(|b| low.param(b)),
+        residual.map(|r| low.at(r)),
+        low.at(y),
+        low.param_stored(expand.weight),
+        expand.bias.map(|b| low.param(b)),
+        low.at(z),
+        act_code(project.act),
+        act_code(expand.act),
+    ];
+    if low.element == Element::F16 {
+        args.push(Arg::from(tiling.staged));
+    }
+    args.extend(args![
+        y.shape.plane(),
+        x.batch_stride,
+        x.plane_stride,
+        residual.map_or(0, |r| r.batch_stride),
+        residual.map_or(0, |r| r.plane_stride),
+        y.batch_stride,
+        y.plane_stride,
+        z.batch_stride,
+        z.plane_stride,
+    ]);
+    low.launch(launch::pair(tiling, y.shape, args));
+    true
+}
+
+/// Whether two tensors share memory.
+fn overlap(a: &Tensor, b: &Tensor) -> bool {
+    a.offset < b.offset + b.extent() && b.offset < a.offset + a.extent()
+}
+
+/// Y = W X image by image, then bias, residual and non-linearity. A half-precision product that
+/// something follows goes to f32 scratch first: rounding the sum once keeps the error down.
+fn by_blas(low: &mut Lowering, op: &Conv1x1, x: &Tensor, residual: Option<&Tensor>, y: &Tensor) {
+    let finished = op.bias.is_none() && residual.is_none() && op.act == Act::None;
+    let (product, like, result) = if finished || low.element == Element::F32 {
+        (low.at(y), *y, low.element)
+    } else {
+        (low.scratch(y.shape.len()), dense_like(y), Element::F32)
+    };
+    low.gemm(Gemm {
+        m: op.out_channels,
+        n: x.shape.plane(),
+        k: op.in_channels,
+        batch: x.shape.n,
+        a: Matrix {
+            at: low.param_stored(op.weight),
+            row_stride: op.in_channels,
+            batch_stride: 0,
+            transposed: false,
+        },
+        b: planes_matrix(low, x),
+        c: Matrix { at: product, ..planes_matrix(low, &like) },
+        beta: 0.0,
+        element: low.element,
+        result,
+    });
+    if finished {
+        return;
+    }
+    let name = low.name(Typed { f32: "conv1x1_epilogue_f32", f16: "conv1x1_epilogue_f16" });
+    let args = args![
+        product,
+        low.at(y),
+        op.bias.map(|b| low.param(b)),
+        residual.map(|r| low.at(r)),
+        act_code(op.act),
+        y.shape.plane(),
+        like.batch_stride,
+        like.plane_stride,
+        y.batch_stride,
+        y.plane_stride,
+        residual.map_or(0, |r| r.batch_stride),
+        residual.map_or(0, |r| r.plane_stride),
+    ];
+    low.launch(launch::planes(name, y.shape, args));
+}
+
+/// An image's planes as a matrix, channels x pixels.
+pub(super) fn planes_matrix(low: &Lowering, tensor: &Tensor) -> Matrix {
+    Matrix {
+        at: low.at(tensor),
+        row_stride: tensor.plane_stride,
+        batch_stride: tensor.batch_stride,
+        transposed: false,
+    }
+}
+
+/// A tensor's dense twin, for a copy in scratch.
+pub(super) fn dense_like(x: &Tensor) -> Tensor {
+    let plane_stride = x.shape.plane();
+    Tensor { offset: 0, shape: x.shape, plane_stride, batch_stride: plane_stride * x.shape.c }
+}
