@@ -3,7 +3,8 @@
 use crate::backend::{AdamStep, Backend, State};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Mode, ParamStore, Plan, Shape, passes};
+use crate::graph::passes::{self, Rewrites};
+use crate::graph::{Graph, Mode, ParamStore, Plan, Shape};
 use crate::model::Model;
 
 /// A model ready to run on one device for inputs of one shape.
@@ -30,7 +31,9 @@ impl Inference {
             return Err(Error::Usage("inference cannot run a training plan".into()));
         }
         let graph = Graph::fpenet(&model.config)?;
-        let (graph, params) = passes::for_inference(&graph, &model.params);
+        // The rewrites leave no decoder to inspect.
+        let rewrites = if mode == Mode::Inspect { Rewrites::NONE } else { backend.rewrites() };
+        let (graph, params) = passes::for_inference_with(&graph, &model.params, rewrites);
         let plan = Plan::new(&graph, (n, h, w), mode, backend.layout())?;
         backend.prepare(&plan)?;
         backend.write_state(State::Params, &params.values)?;

@@ -6,6 +6,7 @@ pub mod gpu;
 pub use crate::device::{DeviceChoice, DeviceReport, Precision, list, open};
 
 use crate::error::Result;
+use crate::graph::passes::Rewrites;
 use crate::graph::{Plan, PlaneLayout, Tensor};
 
 /// One Adam update (Kingma & Ba 2015) with coupled weight decay, as `torch.optim.Adam` does it:
@@ -60,6 +61,11 @@ pub trait Backend: Send {
         PlaneLayout::Dense
     }
 
+    /// Which rewrites of the inference graph this device has operators for, and gains by.
+    fn rewrites(&self) -> Rewrites {
+        Rewrites::NONE
+    }
+
     /// Allocates arena and parameter vectors for a plan. Arena contents are undefined.
     ///
     /// # Errors
@@ -81,7 +87,7 @@ pub trait Backend: Send {
     /// Labels of the batch for the loss, N x H x W; 255 and any value not below C are ignored.
     fn write_labels(&mut self, labels: &[u8]) -> Result<()>;
 
-    /// Runs step `index` of the forward pass.
+    /// Runs step `index` of the forward pass (a joined step may run with the one before it).
     fn forward_step(&mut self, plan: &Plan, index: usize) -> Result<()>;
 
     /// Runs the forward pass.

@@ -91,7 +91,7 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn node(&mut self, name: impl Into<String>, op: Op, inputs: &[NodeId]) -> NodeId {
-        self.nodes.push(Node { name: name.into(), op, inputs: inputs.to_vec() });
+        self.nodes.push(Node::new(name, op, inputs.to_vec()));
         NodeId(self.nodes.len() - 1)
     }
 

@@ -79,6 +79,18 @@ pub struct Node {
     pub op: Op,
     /// Where its operands come from; always nodes of a smaller index.
     pub inputs: Vec<NodeId>,
+    /// Whether it runs together with the node just before it, which is its only operand. The plan
+    /// keeps the operands of both until both are done, and may put this node's output over the
+    /// first operand of that one: an executor that runs both at once reads all operands of a pixel
+    /// before it writes a result; one that runs them one after the other is right as well.
+    pub joined: bool,
+}
+
+impl Node {
+    /// A node that runs by itself.
+    pub fn new(name: impl Into<String>, op: Op, inputs: Vec<NodeId>) -> Self {
+        Node { name: name.into(), op, inputs, joined: false }
+    }
 }
 
 /// A network: nodes in execution order and the table of their parameters.

@@ -6,7 +6,7 @@
 //! the largest first, each at the lowest offset free for the whole of its lifetime.
 
 use super::{Graph, NodeId, ParamSpec, Shape};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::params::flat_len;
 use crate::ops::Op;
 
@@ -100,6 +100,9 @@ pub struct Step {
     pub grad_output: Option<Tensor>,
     /// Gradients of the operands; none where nobody needs one.
     pub grad_inputs: Vec<Option<GradSlot>>,
+    /// Whether it may run at once with the step before it; see
+    /// [`Node::joined`](super::Node::joined).
+    pub joined: bool,
 }
 
 /// A graph with every tensor placed, ready to run on a backend.
@@ -131,7 +134,8 @@ impl Plan {
     /// Places every tensor of `graph` for inputs of n x 3 x h x w.
     ///
     /// # Errors
-    /// Those of [`Graph::infer_shapes`].
+    /// Those of [`Graph::infer_shapes`]; [`Error::Usage`] for training with an operator that has no
+    /// backward.
     pub fn new(
         graph: &Graph,
         (n, h, w): (usize, usize, usize),
@@ -139,6 +143,14 @@ impl Plan {
         layout: PlaneLayout,
     ) -> Result<Plan> {
         let shapes = graph.infer_shapes(n, h, w)?;
+        let forward_only = graph.nodes.iter().find(|node| node.op.inference_only());
+        if let (Mode::Training, Some(node)) = (mode, forward_only) {
+            return Err(Error::Usage(format!(
+                "node {}: {} has no backward; train the graph without rewrites for inference",
+                node.name,
+                node.op.kind()
+            )));
+        }
         Ok(Planner::new(graph, shapes, mode, layout).plan())
     }
 
@@ -231,6 +243,17 @@ impl<'a> Planner<'a> {
         self.graph.nodes.len()
     }
 
+    /// Forward moment of a node: its place in the order, for a pair that runs at once the first's.
+    fn moment(&self, node: usize) -> usize {
+        node - usize::from(self.graph.nodes[node].joined)
+    }
+
+    /// Moment after which nothing reads a node's operands any more.
+    fn done(&self, node: usize) -> usize {
+        let pair = self.graph.nodes.get(node + 1).is_some_and(|next| next.joined);
+        node + usize::from(pair && node < self.last)
+    }
+
     fn backward(&self, node: usize) -> usize {
         2 * self.loss() - node
     }
@@ -251,7 +274,7 @@ impl<'a> Planner<'a> {
             let inputs = &self.graph.node(*consumer).inputs;
             let reads = (0..inputs.len()).any(|i| inputs[i].0 == node && op.reads(i));
             if reads && consumer.0 <= self.last {
-                end = end.max(consumer.0);
+                end = end.max(self.done(consumer.0));
                 if self.training() && op.backward_needs().inputs {
                     end = end.max(self.backward(consumer.0));
                 }
@@ -282,21 +305,22 @@ impl<'a> Planner<'a> {
                 channel += self.shapes[input.0].c;
             }
         }
-        // In inference an operator may write over its input when nothing reads it afterwards.
+        // In inference an operator may write over its input when nothing reads it afterwards, and
+        // the second of a joined pair over the first one's.
         if !self.training() {
             for (i, node) in self.graph.nodes.iter().enumerate() {
-                if !node.op.in_place() || homes[i].root != i {
+                let reader = if node.joined { i - 1 } else { i };
+                if homes[i].root != i || !(node.joined || node.op.in_place()) {
                     continue;
                 }
-                let input = node.inputs[0].0;
-                let alone = self.consumers[input].len() == 1 && homes[input].root == input;
-                let input_is_own = !matches!(self.graph.nodes[input].op, Op::Input { .. });
-                if alone
-                    && input_is_own
-                    && !self.kept(input)
-                    && self.shapes[input] == self.shapes[i]
-                {
-                    homes[i] = Home { root: input, channel: 0 };
+                let input = self.graph.nodes[reader].inputs[0].0;
+                let root = homes[input].root;
+                let alone = self.consumers[input].len() == 1 && !self.kept(input);
+                let owner = &self.graph.nodes[root].op;
+                let whole = self.shapes[root] == self.shapes[input]
+                    && !matches!(owner, Op::Concat | Op::Input { .. });
+                if alone && whole && self.shapes[input] == self.shapes[i] {
+                    homes[i] = Home { root, channel: 0 };
                 }
             }
         }
@@ -317,7 +341,7 @@ impl<'a> Planner<'a> {
         // Lifetime of a root: from the first write of any member to the last read of any.
         let mut spans: Vec<Option<(usize, usize)>> = vec![None; self.graph.nodes.len()];
         for node in 0..count {
-            let (start, end) = (node, self.last_use(node));
+            let (start, end) = (self.moment(node), self.last_use(node));
             let span = spans[homes[node].root].get_or_insert((start, end));
             *span = (span.0.min(start), span.1.max(end));
         }
@@ -382,6 +406,7 @@ impl<'a> Planner<'a> {
                     saved: saved[i].iter().map(|&s| at(s)).collect(),
                     grad_output: grads[i].map(at),
                     grad_inputs: std::mem::take(&mut grad_inputs[i]),
+                    joined: node.joined,
                 }
             })
             .collect();

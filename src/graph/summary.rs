@@ -139,10 +139,11 @@ fn views(graph: &Graph) -> Vec<View> {
                 let x = input(0).widened(2 * reach);
                 View { step: x.step * op.stride, ..x }
             }
-            Op::GlobalAvgPool => View { field: None, ..input(0) },
+            Op::Subsample => View { step: 2 * input(0).step, ..input(0) },
+            Op::GlobalAvgPool | Op::WeightedPool => View { field: None, ..input(0) },
             // A bilinear sample has two taps per axis, one more than the pixel alone.
             Op::Resize => View { step: input(1).step, ..input(0).widened(1) },
-            Op::MeuFuse(_) => {
+            Op::MeuFuse(_) | Op::MeuScores(_) => {
                 let gates = (2..node.inputs.len()).map(input);
                 gates.fold(input(1).joined(input(0).widened(1)), View::joined)
             }

@@ -27,8 +27,14 @@ pub struct BnParams {
 }
 
 impl BnParams {
-    pub(super) fn ids(&self) -> [ParamId; 4] {
-        [self.weight, self.bias, self.running_mean, self.running_var]
+    /// The same vectors under other ids; `f` is asked in the order of the fields.
+    pub(super) fn map(&self, mut f: impl FnMut(ParamId) -> ParamId) -> Self {
+        BnParams {
+            weight: f(self.weight),
+            bias: f(self.bias),
+            running_mean: f(self.running_mean),
+            running_var: f(self.running_var),
+        }
     }
 }
 

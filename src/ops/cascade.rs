@@ -62,13 +62,12 @@ impl Cascade {
         vec![output, Shape::new(1, 2, 1, self.channels)]
     }
 
-    pub(super) fn params(&self) -> Vec<ParamId> {
-        let mut ids = self.weights.clone();
-        match &self.norm {
-            Norm::Batch(norms) => ids.extend(norms.iter().flat_map(|n| n.ids())),
-            Norm::Folded(biases) => ids.extend(biases),
+    pub(super) fn map_params(&mut self, f: &mut impl FnMut(ParamId) -> ParamId) {
+        self.weights.iter_mut().for_each(|id| *id = f(*id));
+        match &mut self.norm {
+            Norm::Batch(norms) => norms.iter_mut().for_each(|norm| *norm = norm.map(&mut *f)),
+            Norm::Folded(biases) => biases.iter_mut().for_each(|id| *id = f(*id)),
         }
-        ids
     }
 
     /// 9 MACs, a batch norm (2) and a ReLU (1) per output; a folded one has a bias (1) instead.

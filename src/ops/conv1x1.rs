@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::{Act, Cost, activation};
-use crate::backend::cpu::gemm::{Epilogue, PackedWeights, Planes, TILE, dot_pixels, gemm_tile};
+use crate::backend::cpu::gemm::{self, Epilogue, PackedWeights, Planes, Product, dot_pixels};
 use crate::backend::cpu::{Isa, View, ViewMut, planes};
 use crate::graph::{ParamId, Shape};
 
@@ -41,8 +41,6 @@ impl Conv1x1 {
 /// Pixels that one partial sum of the weight gradient covers. Fixed, so that the result does not
 /// depend on the number of threads.
 const GRADIENT_CHUNK: usize = 8192;
-/// Tiles a task works through: long enough to hide the cost of scheduling it.
-const TILES_PER_TASK: usize = 16;
 
 /// y = act(W x + b + residual); w is out x in. N x in x H x W -> N x out x H x W.
 pub fn forward(
@@ -61,7 +59,41 @@ pub fn forward(
     }
 }
 
-/// Y = relu?(W X + b + R) image by image, tiles of pixels shared out over the threads.
+/// One of two convolutions that run back to back.
+pub struct Pointwise<'a> {
+    /// Weights, out x in.
+    pub weight: &'a [f32],
+    /// Bias, out.
+    pub bias: Option<&'a [f32]>,
+    /// Added before the activation.
+    pub residual: Option<View<'a>>,
+    /// None or ReLU.
+    pub act: Act,
+    /// Result.
+    pub y: ViewMut<'a>,
+}
+
+/// `first.y = act(W1 x + b1 + r1)`, `second.y = act(W2 first.y + b2 + r2)`, tile by tile: the second
+/// reads the first one's result from cache. `second.y` may be `x` where shapes agree.
+pub fn forward_pair(isa: Isa, x: View, first: Pointwise, second: Pointwise) {
+    let (inp, between, out) = (x.shape().c, first.y.shape().c, second.y.shape().c);
+    let weights = [
+        PackedWeights::new(first.weight, between, inp),
+        PackedWeights::new(second.weight, out, between),
+    ];
+    gemm::for_runs(x.shape(), |image, pixels| {
+        let planes = Planes { base: x.image(image), k: inp, stride: x.plane_stride() };
+        let [first, second] =
+            [(&weights[0], &first), (&weights[1], &second)].map(|(weights, p)| Product {
+                weights,
+                epilogue: epilogue(image, p.bias, p.residual, p.act, p.y),
+            });
+        // Every task owns its pixels of all planes.
+        unsafe { gemm::multiply(isa, &planes, pixels, first, Some(second)) }
+    });
+}
+
+/// Y = relu?(W X + b + R) image by image, runs of tiles shared out over the threads.
 fn multiply(
     isa: Isa,
     x: View,
@@ -71,22 +103,30 @@ fn multiply(
     act: Act,
     y: ViewMut,
 ) {
-    let (n, pixels) = (y.shape().n, y.shape().plane());
-    let tiles = pixels.div_ceil(TILE);
-    (0..n * tiles).into_par_iter().with_min_len(TILES_PER_TASK).for_each(|task| {
-        let (image, start) = (task / tiles, task % tiles * TILE);
+    gemm::for_runs(y.shape(), |image, pixels| {
         let planes = Planes { base: x.image(image), k: x.shape().c, stride: x.plane_stride() };
-        let epilogue = Epilogue {
-            out: y.image(image),
-            out_stride: y.plane_stride(),
-            bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
-            residual: residual.map_or(std::ptr::null(), |r| r.image(image)),
-            residual_stride: residual.map_or(0, |r| r.plane_stride()),
-            relu: act == Act::Relu,
-        };
+        let epilogue = epilogue(image, bias, residual, act, y);
         // Every task owns its pixels of all output planes.
-        unsafe { gemm_tile(isa, w, &planes, start, TILE.min(pixels - start), &epilogue) }
+        unsafe { gemm::multiply(isa, &planes, pixels, Product { weights: w, epilogue }, None) }
     });
+}
+
+/// What follows a product for one image: bias, residual and ReLU into the planes of `y`.
+pub(super) fn epilogue(
+    image: usize,
+    bias: Option<&[f32]>,
+    residual: Option<View>,
+    act: Act,
+    y: ViewMut,
+) -> Epilogue {
+    Epilogue {
+        out: y.image(image),
+        out_stride: y.plane_stride(),
+        bias: bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
+        residual: residual.map_or(std::ptr::null(), |r| r.image(image)),
+        residual_stride: residual.map_or(0, |r| r.plane_stride()),
+        relu: act == Act::Relu,
+    }
 }
 
 /// With dY the gradient of y = W x + b:

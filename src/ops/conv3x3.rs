@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use super::conv1x1::{bias_gradient, sum_partials};
+use super::conv1x1::{bias_gradient, epilogue, sum_partials};
 use super::{Act, Cost};
-use crate::backend::cpu::gemm::{Epilogue, PackedWeights, TILE, TileSource, dot_pixels, gemm_tile};
+use crate::backend::cpu::gemm::{self, PackedWeights, Product, TileSource, dot_pixels};
 use crate::backend::cpu::scratch::with_scratch;
 use crate::backend::cpu::{Isa, View, ViewMut};
 use crate::graph::{ParamId, Shape};
@@ -109,16 +109,12 @@ impl Conv3x3 {
     /// `w` is out x in x 3 x 3; a matrix product with the packed neighbourhoods.
     pub fn forward(&self, isa: Isa, x: View, w: &[f32], bias: Option<&[f32]>, y: ViewMut) {
         let packed = PackedWeights::new(w, self.out_channels, 9 * self.in_channels);
-        let pixels = y.shape().plane();
-        let tiles = pixels.div_ceil(TILE);
-        (0..y.shape().n * tiles).into_par_iter().with_min_len(8).for_each(|task| {
-            let (image, start) = (task / tiles, task % tiles * TILE);
+        gemm::for_runs(y.shape(), |image, pixels| {
             let source = Neighbourhoods { x, image, stride: self.stride, out_w: y.shape().w };
-            let mut epilogue = Epilogue::store(y.image(image), y.plane_stride());
-            epilogue.bias = bias.map_or(std::ptr::null(), <[f32]>::as_ptr);
-            epilogue.relu = self.act == Act::Relu;
+            let epilogue = epilogue(image, bias, None, self.act, y);
+            let product = Product { weights: &packed, epilogue };
             // Every task owns its pixels of all output planes.
-            unsafe { gemm_tile(isa, &packed, &source, start, TILE.min(pixels - start), &epilogue) }
+            unsafe { gemm::multiply(isa, &source, pixels, product, None) }
         });
     }
 

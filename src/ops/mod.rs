@@ -17,9 +17,12 @@ pub mod conv3x3;
 pub mod cross_entropy;
 pub mod global_pool;
 pub mod meu_fuse;
+pub mod meu_scores;
 pub mod resize;
+pub mod subsample;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod weighted_pool;
 
 use crate::graph::{ParamId, Shape};
 
@@ -29,6 +32,7 @@ pub use cascade::{Cascade, Norm};
 pub use conv1x1::Conv1x1;
 pub use conv3x3::Conv3x3;
 pub use meu_fuse::MeuFuse;
+pub use meu_scores::MeuScores;
 
 /// An operator of the graph. Operands and results are N x C x H x W.
 #[derive(Debug, Clone)]
@@ -60,6 +64,12 @@ pub enum Op {
     MeuFuse(MeuFuse),
     /// Bilinear resize of the first input to the height and width of the second.
     Resize,
+    /// Every second row and column; inference only.
+    Subsample,
+    /// Mean of the first input, upsampled, under the weights of the second; inference only.
+    WeightedPool,
+    /// Class scores of a fusion and the map behind it, inputs t, x, ca, sa; inference only.
+    MeuScores(MeuScores),
 }
 
 /// What an operator's backward reads besides the gradient of its output.
@@ -103,6 +113,9 @@ impl Op {
             Op::ChannelMean => "channel_mean",
             Op::MeuFuse(_) => "meu_fuse",
             Op::Resize => "resize",
+            Op::Subsample => "subsample",
+            Op::WeightedPool => "weighted_pool",
+            Op::MeuScores(_) => "meu_scores",
         }
     }
 
@@ -124,6 +137,9 @@ impl Op {
             Op::ChannelMean => channel_mean::shape(inputs),
             Op::MeuFuse(op) => op.shape(inputs),
             Op::Resize => resize::shape(inputs),
+            Op::Subsample => subsample::shape(inputs),
+            Op::WeightedPool => weighted_pool::shape(inputs),
+            Op::MeuScores(op) => op.shape(inputs),
         }
     }
 
@@ -144,7 +160,10 @@ impl Op {
             | Op::Concat
             | Op::GlobalAvgPool
             | Op::ChannelMean
-            | Op::Resize => (false, false),
+            | Op::Resize
+            | Op::Subsample
+            | Op::WeightedPool
+            | Op::MeuScores(_) => (false, false),
             Op::Conv3x3(_) | Op::Conv1x1(_) | Op::MeuFuse(_) => (true, false),
             Op::Activation(_) => (false, true),
             Op::BatchNorm(op) => (true, op.act != Act::None),
@@ -175,27 +194,64 @@ impl Op {
             Op::BatchNorm(op) => op.cost(output),
             Op::Cascade(op) => op.cost(output),
             Op::Activation(op) => op.cost(output),
+            Op::MeuScores(op) => op.cost(output),
             Op::Input { .. }
             | Op::Add
             | Op::Concat
             | Op::GlobalAvgPool
             | Op::ChannelMean
             | Op::MeuFuse(_)
-            | Op::Resize => {
+            | Op::Resize
+            | Op::Subsample
+            | Op::WeightedPool => {
                 let _ = inputs;
                 Cost::default()
             }
         }
     }
 
+    /// Whether there is no backward: an operator that only rewrites for inference put in.
+    pub fn inference_only(&self) -> bool {
+        matches!(self, Op::Subsample | Op::WeightedPool | Op::MeuScores(_))
+    }
+
     /// Parameters the operator reads, in the order its functions take them.
     pub fn params(&self) -> Vec<ParamId> {
-        match self {
-            Op::Conv3x3(op) => [Some(op.weight), op.bias].into_iter().flatten().collect(),
-            Op::Conv1x1(op) => [Some(op.weight), op.bias].into_iter().flatten().collect(),
-            Op::BatchNorm(op) => op.params.ids().to_vec(),
-            Op::Cascade(op) => op.params(),
-            _ => Vec::new(),
+        let mut ids = Vec::new();
+        self.map_params(|id| {
+            ids.push(id);
+            id
+        });
+        ids
+    }
+
+    /// The operator with other parameters; `f` is asked in the order of [`Op::params`].
+    pub fn map_params(&self, mut f: impl FnMut(ParamId) -> ParamId) -> Op {
+        let mut op = self.clone();
+        match &mut op {
+            Op::Conv3x3(Conv3x3 { weight, bias, .. })
+            | Op::Conv1x1(Conv1x1 { weight, bias, .. }) => {
+                *weight = f(*weight);
+                *bias = bias.map(&mut f);
+            }
+            Op::BatchNorm(norm) => norm.params = norm.params.map(&mut f),
+            Op::Cascade(cascade) => cascade.map_params(&mut f),
+            Op::MeuScores(MeuScores { mix, low, low_bias, bias, .. }) => {
+                for id in [mix, low, low_bias, bias] {
+                    *id = f(*id);
+                }
+            }
+            Op::Input { .. }
+            | Op::Activation(_)
+            | Op::Add
+            | Op::Concat
+            | Op::GlobalAvgPool
+            | Op::ChannelMean
+            | Op::MeuFuse(_)
+            | Op::Resize
+            | Op::Subsample
+            | Op::WeightedPool => {}
         }
+        op
     }
 }

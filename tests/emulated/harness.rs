@@ -142,6 +142,7 @@ pub fn run(case: &Case, backend: &mut dyn Backend, seed: u64) -> Results {
             output,
             saved,
             grad_output,
+            joined: false,
             grad_inputs: grad_inputs.clone(),
         }],
         // Lends its size to the labels only.

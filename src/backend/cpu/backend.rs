@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use memmap2::{MmapMut, MmapOptions};
 use rayon::ThreadPool;
 
 use super::simd::Isa;
 use super::{backward, forward};
 use crate::backend::{AdamStep, Backend, State};
 use crate::error::{Error, Result};
+use crate::graph::passes::Rewrites;
 use crate::graph::{Mode, Plan, PlaneLayout, Tensor};
 use crate::memory;
 use crate::ops::{cross_entropy, resize};
@@ -15,6 +17,7 @@ use crate::ops::{cross_entropy, resize};
 /// f32 on all cores of this machine.
 pub struct CpuBackend {
     pub(super) isa: Isa,
+    rewrites: Rewrites,
     pool: Arc<ThreadPool>,
     pub(super) arena: Arena,
     pub(super) params: Vec<f32>,
@@ -25,33 +28,35 @@ pub struct CpuBackend {
     loss: f32,
 }
 
-/// The planned memory, aligned to cache lines.
+/// The planned memory: pages of its own, large ones where the system has them. A tile of a matrix
+/// product touches a page of every plane; with pages of 4 KiB that is more than the processor
+/// holds translations for.
 #[derive(Default)]
 pub(super) struct Arena {
-    memory: Vec<f32>,
-    skip: usize,
+    memory: Option<MmapMut>,
+    len: usize,
 }
 
 impl Arena {
-    fn reserve(
-        &mut self,
-        len: usize,
-    ) -> std::result::Result<(), std::collections::TryReserveError> {
-        const LINE: usize = 64;
-        self.memory = Vec::new();
-        self.memory.try_reserve_exact(len + LINE / size_of::<f32>())?;
-        self.memory.resize(len + LINE / size_of::<f32>(), 0.0);
-        self.skip = self.memory.as_ptr().align_offset(LINE);
+    /// Makes room for `len` elements, zeroed.
+    fn reserve(&mut self, len: usize) -> std::io::Result<()> {
+        self.memory = None;
+        let memory = MmapOptions::new().len((len * size_of::<f32>()).max(1)).map_anon()?;
+        // Only a hint: a kernel without large pages serves as well, slower.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        self.memory = Some(memory);
+        self.len = len;
         Ok(())
     }
 
     pub(super) fn base(&mut self) -> *mut f32 {
-        self.memory[self.skip..].as_mut_ptr()
+        self.memory.as_mut().map_or(std::ptr::dangling_mut(), |m| m.as_mut_ptr().cast())
     }
 
     /// Whether a planned tensor lies inside.
     fn holds(&self, tensor: &Tensor) -> bool {
-        self.skip + tensor.offset + tensor.extent() <= self.memory.len()
+        tensor.offset + tensor.extent() <= self.len
     }
 }
 
@@ -76,6 +81,7 @@ impl CpuBackend {
             })?;
         Ok(CpuBackend {
             isa: Isa::detect(),
+            rewrites: Rewrites::ALL,
             pool: Arc::new(pool),
             arena: Arena::default(),
             params: Vec::new(),
@@ -90,6 +96,11 @@ impl CpuBackend {
     /// The same with a given instruction set, for tests that compare them.
     pub fn with_isa(threads: Option<usize>, isa: Isa) -> Result<Self> {
         Ok(CpuBackend { isa, ..Self::new(threads)? })
+    }
+
+    /// The same without some of the rewrites, for tests that compare them.
+    pub fn with_rewrites(self, rewrites: Rewrites) -> Self {
+        CpuBackend { rewrites, ..self }
     }
 
     fn state(&mut self, state: State) -> &mut Vec<f32> {
@@ -125,6 +136,10 @@ impl Backend for CpuBackend {
 
     fn layout(&self) -> PlaneLayout {
         PlaneLayout::CachePadded
+    }
+
+    fn rewrites(&self) -> Rewrites {
+        self.rewrites
     }
 
     fn prepare(&mut self, plan: &Plan) -> Result<()> {
@@ -204,7 +219,14 @@ impl Backend for CpuBackend {
 
     fn forward_step(&mut self, plan: &Plan, index: usize) -> Result<()> {
         let pool = Arc::clone(&self.pool);
-        pool.install(|| forward::step(self, plan, &plan.steps[index]));
+        pool.install(|| match &plan.steps[index..] {
+            [one, ..] if one.joined => {} // has run with the one before it
+            [first, second, ..] if second.joined => {
+                forward::pair(self, plan, first, second);
+            }
+            [one, ..] => forward::step(self, plan, one),
+            [] => {}
+        });
         Ok(())
     }
 

@@ -23,7 +23,8 @@ pub(super) fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
         Some((unsafe { ViewMut::of(base, &slot.tensor) }, slot.accumulate))
     };
     match &step.op {
-        Op::Input { .. } => {}
+        // The last three are refused in training plans.
+        Op::Input { .. } | Op::Subsample | Op::WeightedPool | Op::MeuScores(_) => {}
         Op::Conv3x3(op) => {
             let mut dw = vec![0.0; plan.param(op.weight).len()];
             let mut db = op.bias.map(|b| vec![0.0; plan.param(b).len()]);

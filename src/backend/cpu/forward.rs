@@ -4,9 +4,11 @@ use super::backend::CpuBackend;
 use super::{View, ViewMut};
 use crate::graph::{ParamId, Plan, Step};
 use crate::ops::batch_norm::{self, TrainingParams};
+use crate::ops::conv1x1::Pointwise;
+use crate::ops::meu_scores::MeuScoresParams;
 use crate::ops::{
-    BatchNorm, BnParams, Cascade, Norm, Op, activation, add, channel_mean, concat, conv1x1,
-    global_pool, resize,
+    BatchNorm, BnParams, Cascade, Conv1x1, Norm, Op, activation, add, channel_mean, concat,
+    conv1x1, global_pool, resize, subsample, weighted_pool,
 };
 
 /// A copy of a batch norm's running statistics, to be written back after the step: the flat
@@ -66,6 +68,37 @@ pub(super) fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
             op.forward(isa, input(0), input(1), input(2), sa, output);
         }
         Op::Resize => resize::forward(isa, input(0), output),
+        Op::Subsample => subsample::forward(input(0), output),
+        Op::WeightedPool => weighted_pool::forward(isa, input(0), input(1), output),
+        Op::MeuScores(op) => {
+            let params = MeuScoresParams {
+                mix: param(op.mix),
+                low: param(op.low),
+                low_bias: param(op.low_bias),
+                bias: param(op.bias),
+            };
+            op.forward(isa, params, (input(0), input(1), input(2), input(3)), output);
+        }
+    }
+}
+
+/// Two 1x1 convolutions, the second of which reads what the first one writes, at once.
+pub(super) fn pair(cpu: &mut CpuBackend, plan: &Plan, first: &Step, second: &Step) {
+    let (isa, base) = (cpu.isa, cpu.arena.base());
+    let param = |id: ParamId| &cpu.params[plan.param(id)];
+    let pointwise = |step: &Step, op: &Conv1x1| Pointwise {
+        weight: param(op.weight),
+        bias: op.bias.map(param),
+        residual: step.inputs.get(1).map(|r| unsafe { View::of(base, r) }),
+        act: op.act,
+        y: unsafe { ViewMut::of(base, &step.output) },
+    };
+    match (&first.op, &second.op) {
+        (Op::Conv1x1(a), Op::Conv1x1(b)) => {
+            let x = unsafe { View::of(base, &first.inputs[0]) };
+            conv1x1::forward_pair(isa, x, pointwise(first, a), pointwise(second, b));
+        }
+        _ => [first, second].into_iter().for_each(|one| step(cpu, plan, one)),
     }
 }
 

@@ -2,7 +2,7 @@
 //! ```text
 //! Y[m][p] = act(sum_k W[m][k] X[k][p] + bias[m] + R[m][p])
 //! ```
-//! for M x K weights and K planes of P pixels.
+//! for M x K weights and K planes of P pixels. [`multiply`] runs one product, or two back to back.
 //!
 //! Pixels are cut into tiles of [`TILE`]. A tile of X is packed into strips of NR pixels, each
 //! K x NR and contiguous, so that the inner loop reads memory in order whatever the plane
@@ -13,10 +13,14 @@
 //!
 //! The `gemm` crate serves the weight gradients ([`dot_pixels`]), where there is no epilogue.
 
+use std::ops::Range;
+
 use gemm::Parallelism;
+use rayon::prelude::*;
 
 use super::scratch::with_scratch;
 use super::simd::{Isa, Kernel, Simd};
+use crate::graph::Shape;
 
 /// Rows of a register block.
 pub const MR: usize = 6;
@@ -55,6 +59,21 @@ impl PackedWeights {
 pub trait TileSource: Sync {
     /// Writes `packed[(strip * k + row) * nr ..][..nr]`; pixels past the end must be finite.
     fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]);
+
+    /// What a later `pack` at `start` will read, to be fetched meanwhile.
+    fn ahead(&self, start: usize) -> Option<Ahead> {
+        let _ = start;
+        None
+    }
+}
+
+/// Rows of a tile that will be read soon. A tile touches a few lines of every plane: too short a
+/// run for the processor to see it coming by itself.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    base: *const f32,
+    rows: usize,
+    stride: usize,
 }
 
 /// K planes at a fixed stride.
@@ -77,6 +96,11 @@ impl TileSource for Planes {
             isa.run(PackPlanes { planes: self, base, count, nr, packed: packed.as_mut_ptr() })
         }
     }
+
+    fn ahead(&self, start: usize) -> Option<Ahead> {
+        let base = self.base.wrapping_add(start);
+        Some(Ahead { base, rows: self.k, stride: self.stride })
+    }
 }
 
 struct PackPlanes<'a> {
@@ -98,7 +122,7 @@ impl Kernel for PackPlanes<'_> {
                 while at < self.count {
                     let lanes = (self.count - at).min(S::LANES);
                     let p = source.add(at);
-                    let v = if lanes == S::LANES { S::load(p) } else { S::load_first(p, lanes) };
+                    let v = S::load_up_to(p, lanes);
                     v.store(self.packed.add((at / nr * k + row) * nr + at % nr));
                     at += S::LANES;
                 }
@@ -146,36 +170,79 @@ impl Epilogue {
     }
 }
 
-/// Computes pixels `start .. start + count` (at most [`TILE`]) of all M rows.
+/// A matrix product: its weights and what follows it.
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    /// M x K weights.
+    pub weights: &'a PackedWeights,
+    /// What is done with the M rows.
+    pub epilogue: Epilogue,
+}
+
+/// Computes pixels `range` of all rows of `first`, and of `second`, whose operand is what `first`
+/// yields (after its epilogue), tile by tile: that operand is read from cache, not from its planes.
+/// All of a tile's pixels are read before any is written, so `second` may write over the source.
 ///
 /// # Safety
-/// The source covers those pixels; the epilogue's planes hold them, and no other thread touches
+/// The source covers those pixels; the epilogues' planes hold them, and no other thread touches
 /// them meanwhile.
-pub unsafe fn gemm_tile(
+pub unsafe fn multiply(
     isa: Isa,
-    w: &PackedWeights,
-    x: &dyn TileSource,
-    start: usize,
-    count: usize,
-    epilogue: &Epilogue,
+    source: &dyn TileSource,
+    range: Range<usize>,
+    first: Product,
+    second: Option<Product>,
 ) {
     let nr = match isa {
         Isa::Avx512 => 64,
         Isa::Avx2 | Isa::Portable => 16,
     };
-    with_scratch(w.k * TILE, |packed| {
-        x.pack(isa, start, count, nr, packed);
-        let kernel = TileKernel { w, x: packed.as_ptr(), start, count, epilogue };
-        unsafe { isa.run(kernel) }
+    let (k, m) = (first.weights.k, first.weights.m);
+    assert!(second.is_none_or(|second| second.weights.k == m));
+    let between = if second.is_some() { m * TILE } else { 0 };
+    with_scratch(k * TILE + between, |scratch| {
+        let (packed, between) = scratch.split_at_mut(k * TILE);
+        let kept = if second.is_some() { between.as_mut_ptr() } else { std::ptr::null_mut() };
+        for start in range.clone().step_by(TILE) {
+            let count = TILE.min(range.end - start);
+            source.pack(isa, start, count, nr, packed);
+            // Two tiles ahead: the next one has been asked for already.
+            let following = start + 2 * TILE;
+            let ahead = if following < range.end { source.ahead(following) } else { None };
+            let tile =
+                TileKernel { product: &first, x: packed.as_ptr(), start, count, kept, ahead };
+            unsafe { isa.run(tile) }
+            if let Some(second) = &second {
+                let (x, kept) = (kept.cast_const(), std::ptr::null_mut());
+                let tile = TileKernel { product: second, x, start, count, kept, ahead: None };
+                unsafe { isa.run(tile) }
+            }
+        }
+    });
+}
+
+/// Hands out all pixels of all images of a shape in runs of whole tiles, to all threads: (image,
+/// pixels). Runs are long enough to hide the cost of scheduling them, and short enough for every
+/// thread to get a few.
+pub fn for_runs(shape: Shape, work: impl Fn(usize, Range<usize>) + Sync) {
+    const LONGEST: usize = 16;
+    let tiles = (shape.n * shape.plane()).div_ceil(4 * rayon::current_num_threads() * TILE);
+    let run = tiles.clamp(1, LONGEST) * TILE;
+    let runs = shape.plane().div_ceil(run);
+    (0..shape.n * runs).into_par_iter().for_each(|task| {
+        let (image, start) = (task / runs, task % runs * run);
+        work(image, start..(start + run).min(shape.plane()));
     });
 }
 
 struct TileKernel<'a> {
-    w: &'a PackedWeights,
+    product: &'a Product<'a>,
     x: *const f32,
     start: usize,
     count: usize,
-    epilogue: &'a Epilogue,
+    /// Where the result is kept as a packed tile as well, or null.
+    kept: *mut f32,
+    ahead: Option<Ahead>,
 }
 
 impl Kernel for TileKernel<'_> {
@@ -188,24 +255,39 @@ impl Kernel for TileKernel<'_> {
 impl TileKernel<'_> {
     #[inline(always)]
     unsafe fn tile<S: Simd, const NV: usize>(self) {
-        let (m, k, nr) = (self.w.m, self.w.k, NV * S::LANES);
-        for strip in 0..self.count.div_ceil(nr) {
+        let weights = self.product.weights;
+        let (m, k, nr) = (weights.m, weights.k, NV * S::LANES);
+        let (strips, panels) = (self.count.div_ceil(nr), m.div_ceil(MR));
+        for strip in 0..strips {
             let first = strip * nr;
             let pixels = Pixels { start: self.start + first, valid: (self.count - first).min(nr) };
-            for panel in 0..m.div_ceil(MR) {
+            for panel in 0..panels {
                 let row = panel * MR;
                 unsafe {
-                    let w = self.w.data.as_ptr().add(row * k);
+                    self.fetch::<S>(strip * panels + panel, strips * panels);
+                    let w = weights.data.as_ptr().add(row * k);
                     let x = self.x.add(first * k);
+                    let kept = self.kept.wrapping_add(first * m + row * nr);
                     match m - row {
-                        1 => self.block::<S, NV, 1>(w, x, row, pixels),
-                        2 => self.block::<S, NV, 2>(w, x, row, pixels),
-                        3 => self.block::<S, NV, 3>(w, x, row, pixels),
-                        4 => self.block::<S, NV, 4>(w, x, row, pixels),
-                        5 => self.block::<S, NV, 5>(w, x, row, pixels),
-                        _ => self.block::<S, NV, MR>(w, x, row, pixels),
+                        1 => self.block::<S, NV, 1>(w, x, row, pixels, kept),
+                        2 => self.block::<S, NV, 2>(w, x, row, pixels, kept),
+                        3 => self.block::<S, NV, 3>(w, x, row, pixels, kept),
+                        4 => self.block::<S, NV, 4>(w, x, row, pixels, kept),
+                        5 => self.block::<S, NV, 5>(w, x, row, pixels, kept),
+                        _ => self.block::<S, NV, MR>(w, x, row, pixels, kept),
                     }
                 }
+            }
+        }
+    }
+
+    /// The `part`-th of `parts` shares of the next tile's rows on their way into the cache.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd>(&self, part: usize, parts: usize) {
+        let Some(ahead) = &self.ahead else { return };
+        for row in part * ahead.rows / parts..(part + 1) * ahead.rows / parts {
+            for line in 0..TILE / 16 {
+                unsafe { S::prefetch(ahead.base.wrapping_add(row * ahead.stride + 16 * line)) }
             }
         }
     }
@@ -218,10 +300,17 @@ impl TileKernel<'_> {
         x: *const f32,
         row: usize,
         pixels: Pixels,
+        kept: *mut f32,
     ) {
-        let e = self.epilogue;
+        let e = &self.product.epilogue;
         unsafe {
-            let acc = product::<S, NV, ROWS>(w, x, self.w.k);
+            if !e.residual.is_null() {
+                for (i, j) in (0..ROWS).flat_map(|i| (0..NV).map(move |j| (i, j))) {
+                    let at = (row + i) * e.residual_stride + pixels.start + j * S::LANES;
+                    S::prefetch(e.residual.wrapping_add(at));
+                }
+            }
+            let acc = product::<S, NV, ROWS>(w, x, self.product.weights.k);
             for (i, vectors) in acc.iter().enumerate() {
                 let bias = S::splat(if e.bias.is_null() { 0.0 } else { *e.bias.add(row + i) });
                 let out = e.out.add((row + i) * e.out_stride + pixels.start);
@@ -229,20 +318,19 @@ impl TileKernel<'_> {
                     e.residual.wrapping_add((row + i) * e.residual_stride + pixels.start);
                 for (j, &v) in vectors.iter().enumerate() {
                     let at = j * S::LANES;
-                    if at >= pixels.valid {
-                        break;
-                    }
-                    let lanes = (pixels.valid - at).min(S::LANES);
-                    let full = lanes == S::LANES;
+                    let lanes = pixels.valid.saturating_sub(at).min(S::LANES);
                     let mut y = v.add(bias);
                     if !e.residual.is_null() {
-                        let p = residual.add(at);
-                        y = y.add(if full { S::load(p) } else { S::load_first(p, lanes) });
+                        y = y.add(S::load_up_to(residual.wrapping_add(at), lanes));
                     }
                     if e.relu {
                         y = S::zero().max(y);
                     }
-                    if full { y.store(out.add(at)) } else { y.store_first(out.add(at), lanes) }
+                    y.store_up_to(out.wrapping_add(at), lanes);
+                    if !self.kept.is_null() {
+                        // Past the plane's end too: finite, and never looked at.
+                        y.store(kept.add((i * NV + j) * S::LANES));
+                    }
                 }
             }
         }
@@ -426,10 +514,8 @@ mod tests {
             epilogue.relu = fused == Fused::BiasResidualRelu;
             let weights = PackedWeights::new(&self.w, self.m, self.k);
             let planes = Planes { base: self.x.as_ptr(), k: self.k, stride: self.stride };
-            for start in (0..self.pixels).step_by(TILE) {
-                let count = TILE.min(self.pixels - start);
-                unsafe { gemm_tile(isa, &weights, &planes, start, count, &epilogue) }
-            }
+            let product = Product { weights: &weights, epilogue };
+            unsafe { multiply(isa, &planes, 0..self.pixels, product, None) }
             let mut result = Vec::new();
             for (row, gap) in out.chunks(self.stride).zip(gaps.chunks(self.stride)) {
                 result.extend(row[..self.pixels].iter().map(|&v| f64::from(v)));

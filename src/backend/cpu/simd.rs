@@ -136,6 +136,21 @@ pub trait Simd: Copy {
     unsafe fn where_positive(self, gate: Self) -> Self;
     /// Sum of all lanes, in a fixed order.
     unsafe fn sum(self) -> f32;
+    /// Asks for the cache line at `p`, which may be any address.
+    #[inline(always)]
+    unsafe fn prefetch(p: *const f32) {
+        let _ = p;
+    }
+    /// The first `n` lanes from memory, a whole vector where that is all.
+    #[inline(always)]
+    unsafe fn load_up_to(p: *const f32, n: usize) -> Self {
+        unsafe { if n == Self::LANES { Self::load(p) } else { Self::load_first(p, n) } }
+    }
+    /// The first `n` lanes to memory.
+    #[inline(always)]
+    unsafe fn store_up_to(self, p: *mut f32, n: usize) {
+        unsafe { if n == Self::LANES { self.store(p) } else { self.store_first(p, n) } }
+    }
     /// All zeros.
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -229,6 +244,10 @@ mod x86 {
     impl Simd for F32x8 {
         const LANES: usize = 8;
         #[inline(always)]
+        unsafe fn prefetch(p: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+        }
+        #[inline(always)]
         unsafe fn load(p: *const f32) -> Self {
             F32x8(unsafe { _mm256_loadu_ps(p) })
         }
@@ -283,6 +302,10 @@ mod x86 {
 
     impl Simd for F32x16 {
         const LANES: usize = 16;
+        #[inline(always)]
+        unsafe fn prefetch(p: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+        }
         #[inline(always)]
         unsafe fn load(p: *const f32) -> Self {
             F32x16(unsafe { _mm512_loadu_ps(p) })

@@ -39,7 +39,8 @@ pub(super) fn step(low: &mut Lowering, step: &Step) {
     let slot = |i: usize| step.grad_inputs.get(i).copied().flatten();
     let x = || &step.inputs[0];
     match &step.op {
-        Op::Input { .. } => {}
+        // The last three are refused in training plans.
+        Op::Input { .. } | Op::Subsample | Op::WeightedPool | Op::MeuScores(_) => {}
         Op::Conv3x3(op) => conv3x3(low, op, x(), dy),
         Op::Conv1x1(op) => conv1x1(low, op, x(), dy, slot(0)),
         Op::BatchNorm(op) => {

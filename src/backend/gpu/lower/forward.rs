@@ -11,7 +11,8 @@ use crate::ops::{Act, BnParams, Cascade, Conv3x3, Norm, Op};
 pub(super) fn step(low: &mut Lowering, step: &Step) {
     let (input, output) = (|i: usize| &step.inputs[i], &step.output);
     match &step.op {
-        Op::Input { .. } => {}
+        // The last three are refused (`super::check`): this backend asks for no such rewrite.
+        Op::Input { .. } | Op::Subsample | Op::WeightedPool | Op::MeuScores(_) => {}
         Op::Conv3x3(op) => conv3x3(low, op, input(0), output),
         Op::Conv1x1(op) => products::conv1x1(low, op, input(0), step.inputs.get(1), output),
         Op::BatchNorm(op) => {

@@ -77,7 +77,7 @@ pub struct Target {
 /// # Errors
 /// [`Error::Usage`] for tensors whose strides exceed what the kernels index.
 pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
-    check_sizes(plan)?;
+    check(plan)?;
     let mut lowering = Lowering {
         plan,
         memory,
@@ -120,9 +120,13 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
     Ok(program)
 }
 
-/// Kernels take sizes and strides as `int`.
-fn check_sizes(plan: &Plan) -> Result<()> {
+/// Kernels take sizes and strides as `int`, and there is none for operators of rewrites.
+fn check(plan: &Plan) -> Result<()> {
     for step in &plan.steps {
+        if step.op.inference_only() {
+            let (name, kind) = (&step.name, step.op.kind());
+            return Err(Error::Usage(format!("node {name}: no kernel for {kind} on this device")));
+        }
         let grads = step.grad_inputs.iter().flatten().map(|slot| &slot.tensor);
         let tensors = step.inputs.iter().chain([&step.output]).chain(&step.saved).chain(grads);
         for tensor in tensors {

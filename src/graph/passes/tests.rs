@@ -7,11 +7,12 @@ use super::*;
 use crate::backend::cpu::{CpuBackend, Isa};
 use crate::config::{Attention, BlockActivation, Decoder, ModelConfig};
 use crate::exec::Inference;
-use crate::graph::{Mode, Shape};
+use crate::graph::{Mode, ParamId, ParamRole, Shape};
 use crate::model::Model;
+use crate::ops::Norm;
 
 /// All combinations of the switches, on a small network.
-fn configs() -> Vec<ModelConfig> {
+pub(super) fn configs() -> Vec<ModelConfig> {
     let mut all = Vec::new();
     for decoder in [Decoder::Meu, Decoder::Ca, Decoder::Bilinear] {
         for (branches, flags) in [1, 2, 4].into_iter().flat_map(|b| (0..16).map(move |f| (b, f))) {
@@ -37,7 +38,7 @@ fn configs() -> Vec<ModelConfig> {
 }
 
 /// A trained model's look: every parameter and running statistic away from its initial value.
-fn model(config: ModelConfig, seed: u64) -> Model {
+pub(super) fn model(config: ModelConfig, seed: u64) -> Model {
     let mut model = Model::init(config, seed).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     for i in 0..model.params.specs.len() {
@@ -53,13 +54,13 @@ fn model(config: ModelConfig, seed: u64) -> Model {
     model
 }
 
-fn input(shape: Shape, seed: u64) -> Vec<f32> {
+pub(super) fn input(shape: Shape, seed: u64) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..shape.len()).map(|_| rng.random_range(-2.0..2.0)).collect()
 }
 
 /// Inputs come before their consumers, parameters exist and belong to one node each.
-fn check_links(graph: &Graph) {
+pub(super) fn check_links(graph: &Graph) {
     let mut owners = vec![0; graph.params.len()];
     for (i, node) in graph.nodes.iter().enumerate() {
         assert!(node.inputs.iter().all(|input| input.0 < i), "{}", node.name);
