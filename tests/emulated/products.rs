@@ -76,6 +76,7 @@ fn pair(c: usize, (n, h, w): (usize, usize, usize), in_place: bool, project_act:
     let step = |op: Conv1x1, inputs: Vec<Tensor>, output: Tensor| Step {
         name: "test".into(),
         op: Op::Conv1x1(op),
+        joined: false,
         grad_inputs: vec![None; inputs.len()],
         inputs,
         output,
