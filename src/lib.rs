@@ -25,6 +25,7 @@ pub mod reference;
 pub mod segment;
 pub mod selftest;
 pub mod train;
+pub mod view;
 
 pub use config::ModelConfig;
 pub use error::{Error, Result};

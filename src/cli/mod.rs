@@ -12,6 +12,7 @@ mod segment;
 mod selftest;
 mod summary;
 mod train;
+mod view;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -49,6 +50,8 @@ enum Command {
     Devices(devices::Args),
     /// Compare every operator of a GPU with the CPU on random inputs
     Selftest(selftest::Args),
+    /// Serve a page on this machine that segments photos dropped on it
+    View(view::Args),
 }
 
 /// Parses the command line, runs the command, and reports an error as one line on stderr.
@@ -69,6 +72,7 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Selftest(args) => selftest::run(args),
+        Command::View(args) => view::run(args),
     };
     result.unwrap_or_else(|error| {
         report(&message(&error));

@@ -77,7 +77,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     totals.finish(start.elapsed(), &model.classes)
 }
 
-fn describe(model: &Model, path: Option<&PathBuf>) -> String {
+/// A model in words: its file, classes, size.
+pub(super) fn describe(model: &Model, path: Option<&PathBuf>) -> String {
     let name = match path {
         Some(path) => path.display().to_string(),
         None => format!("{} (built in)", bundled::MODEL_NAME),

@@ -130,15 +130,28 @@ fn prepare(
         Source::File => decode_file(path)?,
         Source::Bundled(bytes) => decode_bytes(bytes, path)?,
     };
+    let (network, input) = network_input(&photo, requested, train_size, mean, std)?;
+    Ok(Prepared { photo, input, network, decode: start.elapsed() })
+}
+
+/// The network's size for a photo, and the photo at that size as its input: normalised,
+/// 3 x H x W.
+pub(crate) fn network_input(
+    photo: &RgbImage,
+    requested: Option<(usize, usize)>,
+    train_size: Option<(usize, usize)>,
+    mean: [f32; 3],
+    std: [f32; 3],
+) -> Result<(NetworkSize, Vec<f32>)> {
     let network = network_size(photo.dimensions(), requested, train_size);
     check_memory(network)?;
     let mut input = Vec::new();
     if photo.dimensions() == (network.width as u32, network.height as u32) {
-        normalise(&photo, mean, std, &mut input);
+        normalise(photo, mean, std, &mut input);
     } else {
-        normalise(&resize(&photo, network.width, network.height)?, mean, std, &mut input);
+        normalise(&resize(photo, network.width, network.height)?, mean, std, &mut input);
     }
-    Ok(Prepared { photo, input, network, decode: start.elapsed() })
+    Ok((network, input))
 }
 
 fn write(
@@ -177,7 +190,7 @@ fn write(
 
 /// What a picture shows, which decides how it is compressed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Content {
+pub(crate) enum Content {
     /// Few colours in large areas: no filter, so that equal rows stay equal for the dictionary.
     Flat,
     /// A photograph: adaptive filters; more effort would cost time and save little.
@@ -187,10 +200,22 @@ enum Content {
 fn write_png(
     path: &Path,
     pixels: &[u8],
-    (width, height): (u32, u32),
+    size: (u32, u32),
     colour: ExtendedColorType,
     content: Content,
 ) -> Result<()> {
+    let png = encode_png(path, pixels, size, colour, content)?;
+    write_atomic(path, |file| file.write_all(&png))
+}
+
+/// A picture as PNG; `origin` names it in messages.
+pub(crate) fn encode_png(
+    origin: &Path,
+    pixels: &[u8],
+    (width, height): (u32, u32),
+    colour: ExtendedColorType,
+    content: Content,
+) -> Result<Vec<u8>> {
     let (compression, filter) = match content {
         Content::Flat => (CompressionType::Level(3), FilterType::NoFilter),
         Content::Photo => (CompressionType::Fast, FilterType::Adaptive),
@@ -198,6 +223,6 @@ fn write_png(
     let mut png = Vec::new();
     PngEncoder::new_with_quality(&mut png, compression, filter)
         .write_image(pixels, width, height, colour)
-        .map_err(|e| Error::Failed(format!("{}: cannot encode as PNG: {e}", path.display())))?;
-    write_atomic(path, |file| file.write_all(&png))
+        .map_err(|e| Error::Failed(format!("{}: cannot encode as PNG: {e}", origin.display())))?;
+    Ok(png)
 }
