@@ -26,6 +26,14 @@ pub fn read_f32(path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
     read(path, "f32", "float32", &["<f4", ">f4"])
 }
 
+/// [`read_f32`] for a file in memory; `path` names it in messages.
+///
+/// # Errors
+/// [`Error::Format`] as for [`read_f32`].
+pub fn f32_from_bytes(bytes: &[u8], path: &Path) -> Result<(Vec<usize>, Vec<f32>)> {
+    parse(bytes, path, "f32", "float32", &["<f4", ">f4"])
+}
+
 /// Reads a u8 array: shape and values in C order.
 ///
 /// # Errors
@@ -76,12 +84,21 @@ fn read<T: Deserialize + Copy>(
     numpy: &str,
     types: &[&str],
 ) -> Result<(Vec<usize>, Vec<T>)> {
-    let bytes = files::read_limited(path, MAX_FILE)?;
+    parse(&files::read_limited(path, MAX_FILE)?, path, kind, numpy, types)
+}
+
+fn parse<T: Deserialize + Copy>(
+    bytes: &[u8],
+    path: &Path,
+    kind: &str,
+    numpy: &str,
+    types: &[&str],
+) -> Result<(Vec<usize>, Vec<T>)> {
     let wrong = |expected: &str, found: String| Error::format(path, expected, found);
     let no_array = |found: String| wrong("a NumPy .npy file", found);
-    let (header, data) = split(&bytes).map_err(|found| no_array(found.into()))?;
+    let (header, data) = split(bytes).map_err(|found| no_array(found.into()))?;
     guard(header).map_err(|found| no_array(found.into()))?;
-    let file = NpyFile::new(bytes.as_slice()).map_err(|e| no_array(e.to_string()))?;
+    let file = NpyFile::new(bytes).map_err(|e| no_array(e.to_string()))?;
 
     let dtype = file.dtype();
     let accepted = match &dtype {
