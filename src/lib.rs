@@ -13,6 +13,7 @@ pub mod data;
 pub mod device;
 pub mod error;
 pub mod evaluate;
+pub mod exchange;
 pub mod exec;
 pub mod files;
 pub mod font;

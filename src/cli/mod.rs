@@ -5,6 +5,8 @@ mod bench;
 mod check;
 mod devices;
 mod eval;
+mod export;
+mod import;
 mod init;
 mod progress;
 mod run;
@@ -42,6 +44,10 @@ enum Command {
     Run(run::Args),
     /// Write a model file with initial weights
     Init(init::Args),
+    /// Write a model as an ONNX file, for ONNX Runtime, TensorRT, OpenVINO
+    Export(export::Args),
+    /// Make a model file from PyTorch's weights (safetensors or npz)
+    Import(Box<import::Args>),
     /// Print the layers of a network with parameters, FLOPs and receptive fields
     Summary(summary::Args),
     /// Measure latency and throughput
@@ -68,6 +74,8 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
         Command::Run(args) => run::run(args),
         Command::Init(args) => init::run(args),
+        Command::Export(args) => export::run(args),
+        Command::Import(args) => import::run(*args),
         Command::Summary(args) => summary::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Devices(args) => devices::run(args),

@@ -117,6 +117,11 @@ impl Model {
         self.params
             .check_finite()
             .map_err(|e| Error::Failed(format!("{}: not written: {e}", path.display())))?;
+        tensors::write_params(path, &self.params, Selection::All, &self.metadata())
+    }
+
+    /// Everything but the weights, under the keys of the model file (SPEC, "Model file").
+    pub fn metadata(&self) -> BTreeMap<String, String> {
         let mut metadata = BTreeMap::from([
             ("format".to_string(), FORMAT.to_string()),
             ("config".to_string(), json(&self.config)),
@@ -128,7 +133,7 @@ impl Model {
         if let Some(size) = self.train_size {
             metadata.insert("train_size".to_string(), json(&size));
         }
-        tensors::write_params(path, &self.params, Selection::All, &metadata)
+        metadata
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use half::f16;
 use npyz::{DType, Deserialize, NpyFile, Order, WriterBuilder};
 
 use super::tensors::dimensions;
@@ -10,6 +11,7 @@ use crate::files;
 
 /// Largest file that is read.
 const MAX_FILE: u64 = 1 << 33;
+const NPY: &str = "a NumPy .npy file";
 /// Longest header that is parsed; NumPy's own limit is 10000 too.
 const MAX_HEADER: usize = 10_000;
 /// Deepest nesting of brackets that the (recursive) header parser is given; NumPy writes 3.
@@ -40,6 +42,28 @@ pub fn f32_from_bytes(bytes: &[u8], path: &Path) -> Result<(Vec<usize>, Vec<f32>
 /// As [`read_f32`].
 pub fn read_u8(path: &Path) -> Result<(Vec<usize>, Vec<u8>)> {
     read(path, "u8", "uint8", &["|u1", "<u1", ">u1"])
+}
+
+/// Parses an array of f16, f32 or f64 in memory: shape, values in C order as f32, and what they
+/// were stored as. `path` names it in messages.
+///
+/// # Errors
+/// [`Error::Format`] where it is no array of one of these types or its data does not have the
+/// length that its shape asks for.
+pub fn parse_floats(bytes: &[u8], path: &Path) -> Result<(Vec<usize>, Vec<f32>, &'static str)> {
+    match open(bytes, path)?.0.dtype() {
+        DType::Plain(found) if found.to_string().ends_with("f2") => {
+            let (shape, values) = parse::<f16>(bytes, path, "f16", "float16", &["<f2", ">f2"])?;
+            return Ok((shape, values.into_iter().map(f16::to_f32).collect(), "f16"));
+        }
+        DType::Plain(found) if found.to_string().ends_with("f8") => {
+            let (shape, values) = parse::<f64>(bytes, path, "f64", "float64", &["<f8", ">f8"])?;
+            return Ok((shape, values.into_iter().map(|v| v as f32).collect(), "f64"));
+        }
+        _ => {}
+    }
+    let (shape, values) = parse(bytes, path, "f32", "float32", &["<f4", ">f4"])?;
+    Ok((shape, values, "f32"))
 }
 
 /// Writes an f32 array in C order, as a whole or not at all.
@@ -95,10 +119,7 @@ fn parse<T: Deserialize + Copy>(
     types: &[&str],
 ) -> Result<(Vec<usize>, Vec<T>)> {
     let wrong = |expected: &str, found: String| Error::format(path, expected, found);
-    let no_array = |found: String| wrong("a NumPy .npy file", found);
-    let (header, data) = split(bytes).map_err(|found| no_array(found.into()))?;
-    guard(header).map_err(|found| no_array(found.into()))?;
-    let file = NpyFile::new(bytes).map_err(|e| no_array(e.to_string()))?;
+    let (file, data) = open(bytes, path)?;
 
     let dtype = file.dtype();
     let accepted = match &dtype {
@@ -120,12 +141,20 @@ fn parse<T: Deserialize + Copy>(
         return Err(wrong(&expected, format!("{} bytes", data.len())));
     }
     let order = file.order();
-    let values = file.into_vec().map_err(|e| no_array(e.to_string()))?;
+    let values = file.into_vec().map_err(|e| wrong(NPY, e.to_string()))?;
     let values = match order {
         Order::C => values,
         Order::Fortran => c_order(&shape, &values),
     };
     Ok((shape, values))
+}
+
+/// The file with its header parsed, and the data behind that.
+fn open<'a>(bytes: &'a [u8], path: &Path) -> Result<(NpyFile<&'a [u8]>, &'a [u8])> {
+    let wrong = |found: String| Error::format(path, NPY, found);
+    let (header, data) = split(bytes).map_err(|found| wrong(found.into()))?;
+    guard(header).map_err(|found| wrong(found.into()))?;
+    Ok((NpyFile::new(bytes).map_err(|e| wrong(e.to_string()))?, data))
 }
 
 /// The header's text and the data behind it, or what is wrong with the bytes.

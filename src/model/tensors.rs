@@ -187,7 +187,7 @@ pub(crate) fn dimensions(shape: &[usize]) -> String {
 }
 
 /// The crate's error in words that tell a damaged file from one of another kind.
-fn describe(error: &SafeTensorError, bytes: &[u8]) -> String {
+pub(crate) fn describe(error: &SafeTensorError, bytes: &[u8]) -> String {
     match error {
         _ if bytes.is_empty() => "an empty file".to_string(),
         SafeTensorError::MetadataIncompleteBuffer => {

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Checks `fpenet export` from the outside: onnx.checker, ONNX Runtime and, on request, OpenVINO.
+
+    python tools/check_onnx.py
+    python tools/check_onnx.py --openvino
+    python tools/check_onnx.py --model models/fpenet-camvid.safetensors --size 480x360
+
+Every model (by default those of tests/data, which between them use every switch) is exported with a
+dynamic and with a fixed size, with and without argmax, in several operator sets. Each file must pass
+the checker with full_check (shape inference included), and its logits must be those of `fpenet run`
+to a relative L2 of 1e-5. Inputs are the folder's own (odd sizes among them) and random ones of other
+sizes and batches. Labels must be the largest logit's index, but where the two largest lie within 1e-4
+of each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = 1e-5
+TIE = 1e-4
+OPSETS = (17, 18, 20, 22)
+
+Runner = Callable[[np.ndarray], np.ndarray]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    width, height = text.lower().split("x")
+    return int(width), int(height)
+
+
+def fpenet(binary: Path, *arguments: object) -> None:
+    command = [str(binary), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
+
+
+def reference(binary: Path, model: Path, image: np.ndarray, folder: Path) -> np.ndarray:
+    """Logits of `fpenet run` on the CPU."""
+    np.save(folder / "input.npy", image)
+    fpenet(binary, "run", "--device", "cpu", "--model", model, "--input", folder / "input.npy",
+           "--output", folder / "logits.npy")
+    return np.load(folder / "logits.npy")
+
+
+def onnx_runtime(path: Path) -> Runner:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda image: session.run(None, {"input": image})[0]
+
+
+def openvino(path: Path) -> Runner:
+    import openvino as ov
+
+    # Without the hint OpenVINO may compute in half precision where the CPU has it.
+    hints = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(str(path), "CPU", hints)
+    return lambda image: compiled([image])[0]
+
+
+def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
+    if found.shape != expected.shape:
+        sys.exit(f"expected shape {expected.shape}, found {found.shape}")
+    difference = found.astype(np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def wrong_labels(labels: np.ndarray, logits: np.ndarray) -> int:
+    """Pixels whose label is not the largest logit's index, near ties excepted."""
+    expected = (logits.shape[0], *logits.shape[2:])
+    if labels.dtype != np.int64 or labels.shape != expected:
+        sys.exit(f"labels: expected int64 {expected}, found {labels.dtype} {labels.shape}")
+    top = np.sort(logits, axis=1)[:, -2:]
+    clear = top[:, 1] - top[:, 0] > TIE
+    return int(((labels != logits.argmax(axis=1)) & clear).sum())
+
+
+def check_file(path: Path) -> onnx.ModelProto:
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    for key in ("config", "classes", "palette", "mean", "std"):
+        json.loads(metadata[key])
+    return model
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fpenet", type=Path, default=ROOT / "target/release/fpenet")
+    parser.add_argument("--model", type=Path, action="append", help="check these instead")
+    parser.add_argument("--size", type=parse_size, help="input size for --model [480x360]")
+    parser.add_argument("--openvino", action="store_true", help="compare OpenVINO too")
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    cases: list[tuple[str, Path, list[np.ndarray]]] = []
+    if args.model:
+        width, height = args.size or (480, 360)
+        for model in args.model:
+            image = rng.standard_normal((1, 3, height, width), dtype=np.float32)
+            cases.append((model.name, model, [image]))
+    else:
+        for folder in sorted((ROOT / "tests/data").iterdir()):
+            if (folder / "model.safetensors").is_file():
+                inputs = [np.load(folder / "input.npy")]
+                for shape in ((3, 3, 47, 61), (2, 3, 16, 19)):
+                    inputs.append(rng.standard_normal(shape, dtype=np.float32))
+                cases.append((folder.name, folder / "model.safetensors", inputs))
+    runtimes: list[tuple[str, Callable[[Path], Runner]]] = [("onnxruntime", onnx_runtime)]
+    if args.openvino:
+        runtimes.append(("openvino", openvino))
+
+    failed = False
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, model, inputs in cases:
+            logits = [reference(args.fpenet, model, image, folder) for image in inputs]
+            for fixed in (False, True):
+                for opset in OPSETS if not fixed else OPSETS[:1]:
+                    height, width = inputs[0].shape[2:]
+                    options = ["--model", model, "--opset", opset]
+                    if fixed:
+                        options += ["--size", f"{width}x{height}"]
+                    path, argmax = folder / "logits.onnx", folder / "labels.onnx"
+                    fpenet(args.fpenet, "export", "--onnx", path, *options)
+                    fpenet(args.fpenet, "export", "--onnx", argmax, "--argmax", *options)
+                    check_file(path)
+                    check_file(argmax)
+                    # A fixed size takes the folder's own input; the batch stays free.
+                    images = inputs if not fixed else [np.concatenate([inputs[0]] * 2)]
+                    expected = logits if not fixed else [np.concatenate([logits[0]] * 2)]
+                    for runtime, load in runtimes:
+                        run, label = load(path), load(argmax)
+                        worst = max(map(relative_l2, map(run, images), expected))
+                        wrong = sum(map(wrong_labels, map(label, images), expected))
+                        passed = worst <= TOLERANCE and wrong == 0
+                        failed |= not passed
+                        size = f"{width}x{height}" if fixed else "dynamic"
+                        print(f"{'ok  ' if passed else 'FAIL'} {name}, opset {opset}, {size}, {runtime}: "
+                              f"relative L2 {worst:.1e}, {wrong} wrong labels")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
