@@ -25,6 +25,7 @@ pub mod ops;
 pub mod reference;
 pub mod segment;
 pub mod selftest;
+pub mod stream;
 pub mod train;
 pub mod view;
 

@@ -12,6 +12,7 @@ mod progress;
 mod run;
 mod segment;
 mod selftest;
+mod stream;
 mod summary;
 mod train;
 mod view;
@@ -34,6 +35,8 @@ struct Cli {
 enum Command {
     /// Segment photos: label maps, colour masks and overlays with a legend
     Segment(segment::Args),
+    /// Segment video: frames from a pipe, labels or overlays into a pipe
+    Stream(stream::Args),
     /// Measure a model on a data set: mIoU, IoU per class, global accuracy
     Eval(eval::Args),
     /// Train a model
@@ -69,6 +72,7 @@ pub fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Segment(args) => segment::run(args),
+        Command::Stream(args) => stream::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Train(args) => train::run(*args),
         Command::Check(args) => check::run(args),

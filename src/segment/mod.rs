@@ -98,6 +98,22 @@ impl<'a> Segmenter<'a> {
         network: NetworkSize,
         (width, height): (u32, u32),
     ) -> Result<GrayImage> {
+        let mut labels = GrayImage::new(width, height);
+        self.labels_into(input, network, &mut labels)?;
+        Ok(labels)
+    }
+
+    /// [`Segmenter::labels`] into an image of the photo's size.
+    ///
+    /// # Errors
+    /// As [`Segmenter::labels`].
+    pub fn labels_into(
+        &mut self,
+        input: &[f32],
+        network: NetworkSize,
+        labels: &mut GrayImage,
+    ) -> Result<()> {
+        let (width, height) = labels.dimensions();
         let expected = 3 * network.width * network.height;
         if input.len() != expected {
             return Err(Error::Failed(format!(
@@ -105,19 +121,18 @@ impl<'a> Segmenter<'a> {
                 input.len()
             )));
         }
-        let mut labels = GrayImage::new(width, height);
         let mode = mode(network, (width, height));
         let classes = self.model.config.classes;
         let inference = self.executor(network.width, network.height, mode)?;
         inference.run(input)?;
         if mode == Mode::Labels {
-            inference.labels(&mut labels)?;
+            inference.labels(labels)
         } else {
             let logits = inference.logits()?;
             let shape = Shape::new(1, classes, network.height, network.width);
-            argmax_nchw(&logits, shape, height as usize, width as usize, &mut labels);
+            argmax_nchw(&logits, shape, height as usize, width as usize, labels);
+            Ok(())
         }
-        Ok(labels)
     }
 
     fn executor(&mut self, width: usize, height: usize, mode: Mode) -> Result<&mut Inference> {

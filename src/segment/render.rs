@@ -57,10 +57,25 @@ pub fn shares(pixels: &[u64]) -> Vec<Share> {
 /// Labels as colours; a label without a palette entry is black.
 pub fn mask(labels: &GrayImage, palette: &[[u8; 3]]) -> RgbImage {
     let mut out = RgbImage::new(labels.width(), labels.height());
-    for (pixel, &label) in out.pixels_mut().zip(labels.as_raw()) {
+    paint(&mut out, labels, palette);
+    out
+}
+
+/// [`mask`] over a picture of the labels' size.
+pub fn paint(picture: &mut RgbImage, labels: &GrayImage, palette: &[[u8; 3]]) {
+    for (pixel, &label) in picture.pixels_mut().zip(labels.as_raw()) {
         *pixel = Rgb(palette.get(usize::from(label)).copied().unwrap_or_default());
     }
-    out
+}
+
+/// Mixes the labels' colours into a photo of their size.
+pub fn blend(photo: &mut RgbImage, labels: &GrayImage, palette: &[[u8; 3]]) {
+    for (pixel, &label) in photo.pixels_mut().zip(labels.as_raw()) {
+        let colour = palette.get(usize::from(label)).copied().unwrap_or_default();
+        for (p, c) in pixel.0.iter_mut().zip(colour) {
+            *p = (f32::from(*p) * (1.0 - MASK_OPACITY) + f32::from(c) * MASK_OPACITY).round() as u8;
+        }
+    }
 }
 
 /// The photo under its mask, with a legend of the classes present: swatch, name, share of pixels.
@@ -76,12 +91,7 @@ pub fn overlay(
     palette: &[[u8; 3]],
 ) -> RgbImage {
     let mut out = photo.clone();
-    for (pixel, &label) in out.pixels_mut().zip(labels.as_raw()) {
-        let colour = palette.get(usize::from(label)).copied().unwrap_or_default();
-        for (p, c) in pixel.0.iter_mut().zip(colour) {
-            *p = (f32::from(*p) * (1.0 - MASK_OPACITY) + f32::from(c) * MASK_OPACITY).round() as u8;
-        }
-    }
+    blend(&mut out, labels, palette);
     let legend = Legend::new(photo.dimensions(), shares, classes, palette);
     match legend.corner(labels) {
         Some(corner) => legend.draw(&mut out, corner, PANEL_OPACITY),

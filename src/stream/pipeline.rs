@@ -1,0 +1,284 @@
+//! Decode, compute and encode at the same time: three threads in a row with short queues.
+//!
+//! Frames live in a fixed set of buffers that go round: from the free ones to the reader, through
+//! the network, to the writer and back. Memory does not depend on the length of the stream.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
+use image::{GrayImage, RgbImage};
+
+use super::STDOUT;
+use super::latency::Latency;
+use super::sink::Sink;
+use super::source::Source;
+use crate::error::{Error, Result};
+use crate::segment::Segmenter;
+use crate::segment::input::{NetworkSize, check_memory, normalise, resize};
+
+/// Frames that wait in each queue.
+const QUEUE: usize = 2;
+/// Buffers: two full queues, and one in the hands of each thread.
+const BUFFERS: usize = 2 * QUEUE + 3;
+
+/// How the stream is run.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Size at which the network runs.
+    pub network: NetworkSize,
+    /// For live sources: when the network does not keep up, drop the oldest frame that waits for
+    /// it instead of making the source wait.
+    pub drop_frames: bool,
+}
+
+/// How far the stream is.
+#[derive(Debug, Clone)]
+pub struct Status {
+    /// Frames written.
+    pub frames: u64,
+    /// Frames dropped.
+    pub dropped: u64,
+    /// Time since the start.
+    pub elapsed: Duration,
+    /// From a frame read to its result written.
+    pub latency: Latency,
+}
+
+/// One frame on its way, and its buffers.
+struct Frame {
+    photo: RgbImage,
+    input: Vec<f32>,
+    labels: GrayImage,
+    read: Instant,
+}
+
+/// What the reader hands on.
+enum Read {
+    Frame(Frame),
+    /// The end of the source, or why there is no more.
+    End(Result<()>),
+}
+
+/// Runs a stream to its end. `report` hears of every frame that was written, on another thread.
+/// A reader of the output that goes away ends the stream without an error.
+///
+/// Returns the last status, and the error that ended the stream: all frames before it are written.
+pub fn run<W: Write + Send>(
+    source: Box<dyn Source>,
+    segmenter: &mut Segmenter,
+    mut sink: Sink<W>,
+    options: Options,
+    mut report: impl FnMut(&Status) + Send,
+) -> (Status, Result<()>) {
+    let start = Instant::now();
+    let size = source.size();
+    let (to_network, from_reader) = bounded(QUEUE);
+    let (to_writer, from_network) = bounded(QUEUE);
+    let (to_free, from_free) = bounded(BUFFERS);
+    let shared = Arc::new(Shared::default());
+    let mut status =
+        Status { frames: 0, dropped: 0, elapsed: Duration::ZERO, latency: Latency::default() };
+    if let Err(error) = check_memory(options.network) {
+        return (status, Err(error));
+    }
+    for _ in 0..BUFFERS {
+        let frame = Frame {
+            photo: RgbImage::new(size.0, size.1),
+            input: Vec::new(),
+            labels: GrayImage::new(size.0, size.1),
+            read: start,
+        };
+        to_free.send(frame).expect("room for all buffers");
+    }
+
+    let model = segmenter.model();
+    let reader = Reader {
+        source,
+        options,
+        normalisation: (model.mean, model.std),
+        free: from_free,
+        queue: to_network,
+        oldest: options.drop_frames.then(|| from_reader.clone()),
+        shared: shared.clone(),
+    };
+    // Not joined: it may wait for a source that sends nothing any more while the output is closed.
+    std::thread::spawn(move || reader.run());
+
+    let (computed, written) = std::thread::scope(|scope| {
+        let status = &mut status;
+        let shared = &shared;
+        // Disconnects when the writer ends, so that nobody waits for a frame that is not wanted.
+        let (writing, writer_ended) = bounded::<()>(0);
+        let writer = scope.spawn(move || {
+            let _writing = writing;
+            let result = write_all(&from_network, &to_free, &mut sink, |frame: &Frame| {
+                status.frames += 1;
+                status.dropped = shared.dropped.load(Ordering::Relaxed);
+                status.elapsed = start.elapsed();
+                status.latency.record(frame.read.elapsed());
+                report(status);
+            });
+            shared.stop.store(true, Ordering::Relaxed);
+            result
+        });
+        let computed =
+            compute_all(&from_reader, &writer_ended, segmenter, options.network, &to_writer);
+        shared.stop.store(true, Ordering::Relaxed);
+        drop(to_writer);
+        (computed, writer.join())
+    });
+    status.dropped = shared.dropped.load(Ordering::Relaxed);
+    status.elapsed = start.elapsed();
+    let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    (status, written.and(computed))
+}
+
+/// What the threads tell each other besides the queues.
+#[derive(Default)]
+struct Shared {
+    /// Nobody takes frames any more.
+    stop: AtomicBool,
+    dropped: AtomicU64,
+}
+
+struct Reader {
+    source: Box<dyn Source>,
+    options: Options,
+    normalisation: ([f32; 3], [f32; 3]),
+    free: Receiver<Frame>,
+    queue: Sender<Read>,
+    /// The network's end of the queue, to take back the oldest frame.
+    oldest: Option<Receiver<Read>>,
+    shared: Arc<Shared>,
+}
+
+impl Reader {
+    fn run(mut self) {
+        // A buffer that came back from the queue.
+        let mut spare = None;
+        loop {
+            let Some(mut frame) = spare.take().or_else(|| self.buffer()) else { return };
+            let filled = match self.source.next(&mut frame.photo) {
+                Ok(true) => self.prepare(&mut frame),
+                Ok(false) => return self.end(Ok(())),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = filled {
+                return self.end(Err(error));
+            }
+            match self.hand_on(frame) {
+                Ok(dropped) => spare = dropped,
+                Err(Gone) => return,
+            }
+        }
+    }
+
+    /// A free buffer; for a live source the oldest waiting frame's where none is free.
+    fn buffer(&self) -> Option<Frame> {
+        if let Some(oldest) = &self.oldest
+            && self.free.is_empty()
+            && let Ok(Read::Frame(frame)) = oldest.try_recv()
+        {
+            self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+            return Some(frame);
+        }
+        self.free.recv().ok()
+    }
+
+    fn prepare(&self, frame: &mut Frame) -> Result<()> {
+        frame.read = Instant::now();
+        let (mean, std) = self.normalisation;
+        let NetworkSize { width, height, .. } = self.options.network;
+        if frame.photo.dimensions() == (width as u32, height as u32) {
+            normalise(&frame.photo, mean, std, &mut frame.input);
+        } else {
+            normalise(&resize(&frame.photo, width, height)?, mean, std, &mut frame.input);
+        }
+        Ok(())
+    }
+
+    /// Queues a frame; for a live source it never waits, and gives back a frame that it dropped.
+    fn hand_on(&self, frame: Frame) -> Result<Option<Frame>, Gone> {
+        let Some(oldest) = &self.oldest else {
+            return self.queue.send(Read::Frame(frame)).map(|()| None).map_err(|_| Gone);
+        };
+        let (mut next, mut dropped) = (Read::Frame(frame), None);
+        loop {
+            // This thread holds both ends, so that the channel does not tell.
+            if self.shared.stop.load(Ordering::Relaxed) {
+                return Err(Gone);
+            }
+            match self.queue.try_send(next) {
+                Ok(()) => return Ok(dropped),
+                Err(TrySendError::Full(back)) => {
+                    next = back;
+                    if let Ok(Read::Frame(frame)) = oldest.try_recv() {
+                        self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+                        dropped = Some(frame);
+                    }
+                }
+                Err(TrySendError::Disconnected(_)) => return Err(Gone),
+            }
+        }
+    }
+
+    fn end(self, result: Result<()>) {
+        // The queue empties or is gone; a live source's own end of it must not keep it open.
+        drop(self.oldest);
+        let _ = self.queue.send(Read::End(result));
+    }
+}
+
+/// Nobody takes frames any more.
+struct Gone;
+
+fn compute_all(
+    frames: &Receiver<Read>,
+    writer_ended: &Receiver<()>,
+    segmenter: &mut Segmenter,
+    network: NetworkSize,
+    writer: &Sender<Frame>,
+) -> Result<()> {
+    loop {
+        let read = select! {
+            recv(frames) -> read => read,
+            // The writer has its own reason.
+            recv(writer_ended) -> _ => return Ok(()),
+        };
+        let mut frame = match read {
+            Ok(Read::Frame(frame)) => frame,
+            Ok(Read::End(result)) => return result,
+            // The reader always says how it ends, unless it panics.
+            Err(_) => return Err(Error::Failed("the input's thread ended early".into())),
+        };
+        segmenter.labels_into(&frame.input, network, &mut frame.labels)?;
+        if writer.send(frame).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+fn write_all<W: Write>(
+    frames: &Receiver<Frame>,
+    free: &Sender<Frame>,
+    sink: &mut Sink<W>,
+    mut written: impl FnMut(&Frame),
+) -> Result<()> {
+    for frame in frames {
+        match sink.write(&frame.photo, &frame.labels) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            Err(e) => return Err(Error::io("cannot write", STDOUT, e)),
+        }
+        written(&frame);
+        let _ = free.send(frame); // fails where the reader has ended
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "pipeline_tests.rs"]
+mod tests;
