@@ -8,6 +8,7 @@
 pub mod backend;
 pub mod bench;
 pub mod bundled;
+pub mod capi;
 pub mod config;
 pub mod data;
 pub mod device;
