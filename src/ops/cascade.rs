@@ -113,7 +113,7 @@ impl Cascade {
                     // One task per chain; x of this branch has been copied, so y may overwrite it.
                     let y = unsafe { y.plane_mut(n, c) };
                     let w = &weights[branch][9 * chain..][..9];
-                    padded.convolve(isa, copy, w, biases[branch][chain], true, y);
+                    padded.convolve(isa, copy, w, biases[branch][chain], y);
                 }
             });
         });

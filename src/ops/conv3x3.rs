@@ -6,7 +6,8 @@ use super::conv1x1::{bias_gradient, epilogue, sum_partials};
 use super::{Act, Cost};
 use crate::backend::cpu::gemm::{self, PackedWeights, Product, TileSource, dot_pixels};
 use crate::backend::cpu::scratch::with_scratch;
-use crate::backend::cpu::{Isa, View, ViewMut};
+use crate::backend::cpu::simd::{Isa, Kernel, Simd};
+use crate::backend::cpu::{View, ViewMut};
 use crate::graph::{ParamId, Shape};
 
 /// 3x3 convolution with padding 1; output size is ceil(size / stride).
@@ -58,10 +59,10 @@ struct Neighbourhoods<'a> {
 }
 
 impl TileSource for Neighbourhoods<'_> {
-    fn pack(&self, _isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
+    fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
         let k = 9 * self.x.shape().c;
-        for row in 0..k {
-            let (channel, dy, dx) = (row / 9, row % 9 / 3, row % 3);
+        for three in 0..k / 3 {
+            let (channel, dy) = (three / 3, three % 3);
             let plane = self.x.plane(self.image, channel);
             let mut done = 0;
             while done < count {
@@ -69,23 +70,93 @@ impl TileSource for Neighbourhoods<'_> {
                 // A run: within one output row and one strip.
                 let (oy, ox) = (pixel / self.out_w, pixel % self.out_w);
                 let run = (count - done).min(self.out_w - ox).min(nr - done % nr);
-                let target = &mut packed[(done / nr * k + row) * nr + done % nr..][..run];
-                self.gather(plane, (oy * self.stride + dy).wrapping_sub(1), ox, dx, target);
+                let y = (oy * self.stride + dy).wrapping_sub(1);
+                let target = &mut packed[(done / nr * k + 3 * three) * nr + done % nr..];
+                let (left, rest) = target.split_at_mut(nr);
+                let (middle, right) = rest.split_at_mut(nr);
+                let taps = [&mut left[..run], &mut middle[..run], &mut right[..run]];
+                self.gather_three(isa, plane, y, ox, taps);
                 done += run;
             }
             if !count.is_multiple_of(nr) {
-                packed[(count / nr * k + row) * nr + count % nr..][..nr - count % nr].fill(0.0);
+                for row in 3 * three..3 * three + 3 {
+                    let rest = &mut packed[(count / nr * k + row) * nr + count % nr..];
+                    rest[..nr - count % nr].fill(0.0);
+                }
             }
         }
     }
 }
 
+/// The taps of a row under stride 2, whole vectors only: even columns in the middle, the odd ones
+/// before and behind them.
+struct StridedTaps<'a> {
+    /// From the column of the first middle tap.
+    row: *const f32,
+    /// Columns from there on.
+    columns: usize,
+    taps: [&'a mut [f32]; 3],
+    /// Outputs done.
+    done: &'a mut usize,
+}
+
+impl Kernel for StridedTaps<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let [left, middle, right] = self.taps;
+        let mut at = 0;
+        while at + S::LANES <= middle.len() && 2 * (at + S::LANES) <= self.columns {
+            unsafe {
+                let p = self.row.add(2 * at);
+                let (even, odd) = S::load(p).deinterleave(S::load(p.add(S::LANES)));
+                let (before, _) = S::load(p.sub(1)).deinterleave(S::load(p.add(S::LANES - 1)));
+                before.store(left.as_mut_ptr().add(at));
+                even.store(middle.as_mut_ptr().add(at));
+                odd.store(right.as_mut_ptr().add(at));
+            }
+            at += S::LANES;
+        }
+        *self.done = at;
+    }
+}
+
 impl Neighbourhoods<'_> {
+    /// The three taps of outputs ox, ox + 1, ... in input row y.
+    fn gather_three(&self, isa: Isa, plane: &[f32], y: usize, ox: usize, taps: [&mut [f32]; 3]) {
+        let (h, w) = (self.x.shape().h, self.x.shape().w);
+        let mut taps = taps;
+        let mut done = 0;
+        if self.stride == 2 && y < h {
+            // The very first output has no column to its left.
+            let skip = usize::from(ox == 0).min(taps[0].len());
+            let mut vectors = 0;
+            let first = 2 * (ox + skip);
+            if skip == 0 || first < w {
+                let row = unsafe { plane.as_ptr().add(y * w + first) };
+                let columns = w.saturating_sub(first);
+                let taps = taps.each_mut().map(|tap| &mut tap[skip..]);
+                unsafe { isa.run(StridedTaps { row, columns, taps, done: &mut vectors }) }
+            }
+            if vectors > 0 {
+                for (dx, tap) in taps.iter_mut().enumerate() {
+                    self.gather(plane, y, ox, dx, &mut tap[..skip]);
+                }
+                done = skip + vectors;
+            }
+        }
+        for (dx, tap) in taps.iter_mut().enumerate().filter(|(_, tap)| done < tap.len()) {
+            self.gather(plane, y, ox + done, dx, &mut tap[done..]);
+        }
+    }
+
     /// target[i] = plane[y][(ox + i) * stride + dx - 1], zero outside.
     fn gather(&self, plane: &[f32], y: usize, ox: usize, dx: usize, target: &mut [f32]) {
         let (h, w, stride) = (self.x.shape().h, self.x.shape().w, self.stride);
         if y >= h {
             return target.fill(0.0);
+        }
+        if target.is_empty() {
+            return;
         }
         let row = &plane[y * w..][..w];
         let mut x = (ox * stride + dx).wrapping_sub(1);

@@ -48,9 +48,7 @@ impl MeuFuse {
                     map.row(isa, h.plane(n, c), row, scratch, y);
                     let pixels = row * out.w..(row + 1) * out.w;
                     if let Some(sa) = sa {
-                        for (y, sa) in y.iter_mut().zip(&sa.plane(n, 0)[pixels.clone()]) {
-                            *y *= sa;
-                        }
+                        planes::multiply(isa, &sa.plane(n, 0)[pixels.clone()], y);
                     }
                     planes::add_scaled(isa, &l.plane(n, c)[pixels], gate, y);
                 }

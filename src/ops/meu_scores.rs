@@ -9,7 +9,7 @@ use super::Cost;
 use super::resize::Bilinear;
 use crate::backend::cpu::gemm::{self, Epilogue, PackedWeights, Planes, Product};
 use crate::backend::cpu::scratch::with_scratch;
-use crate::backend::cpu::{Isa, View, ViewMut};
+use crate::backend::cpu::{Isa, View, ViewMut, planes};
 use crate::graph::{ParamId, Shape};
 
 /// Inputs t (N x C x h x w), x (N x in x H x W), ca (N x width x 1 x 1), sa (N x 1 x H x W);
@@ -91,7 +91,7 @@ impl MeuScores {
                 let (gated, scratch) = scratch.split_at_mut(self.classes * high.w);
                 for (c, out) in gated.chunks_exact_mut(high.w).enumerate() {
                     map.row(isa, t.plane(n, c), row, scratch, out);
-                    out.iter_mut().zip(gate).for_each(|(v, gate)| *v *= gate);
+                    planes::multiply(isa, gate, out);
                 }
                 let start = row * high.w;
                 let source = Planes {

@@ -3,7 +3,8 @@
 use rayon::prelude::*;
 
 use crate::backend::cpu::scratch::with_scratch;
-use crate::backend::cpu::{Isa, View, ViewMut, planes};
+use crate::backend::cpu::simd::{Isa, Kernel, Simd};
+use crate::backend::cpu::{View, ViewMut, planes};
 use crate::graph::Shape;
 
 pub(super) fn shape(inputs: &[Shape]) -> Result<Shape, String> {
@@ -35,10 +36,10 @@ impl Axis {
     }
 
     /// Stretches a row of `input` elements.
-    fn stretch(&self, row: &[f32], out: &mut [f32]) {
+    fn stretch(&self, isa: Isa, row: &[f32], out: &mut [f32]) {
         let row = &row[..self.input];
         if out.len() == 2 * self.input {
-            return stretch_twofold(row, out);
+            return unsafe { isa.run(StretchTwofold { row, out }) };
         }
         for (((y, &lo), &hi), &frac) in out.iter_mut().zip(&self.lo).zip(&self.hi).zip(&self.frac) {
             let a = row[lo as usize];
@@ -55,14 +56,37 @@ impl Axis {
     }
 }
 
-/// The common case without index tables: weights 1/4 and 3/4, so that it vectorises.
-fn stretch_twofold(row: &[f32], out: &mut [f32]) {
-    let last = row.len() - 1;
-    out[0] = row[0];
-    out[2 * last + 1] = row[last];
-    for (pair, out) in row.windows(2).zip(out[1..].chunks_exact_mut(2)) {
-        out[0] = pair[0] + 0.25 * (pair[1] - pair[0]);
-        out[1] = pair[0] + 0.75 * (pair[1] - pair[0]);
+/// The common case without index tables: between neighbours a and b lie a + (b - a) / 4 and
+/// a + 3 (b - a) / 4; `out` is twice as long as `row`.
+struct StretchTwofold<'a> {
+    row: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for StretchTwofold<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (row, out) = (self.row, self.out);
+        let last = row.len() - 1;
+        out[0] = row[0];
+        out[2 * last + 1] = row[last];
+        let mut at = 0;
+        unsafe {
+            let (quarter, three_quarters) = (S::splat(0.25), S::splat(0.75));
+            while at + S::LANES <= last {
+                let a = S::load(row.as_ptr().add(at));
+                let step = S::load(row.as_ptr().add(at + 1)).sub(a);
+                let (near, far) = (step.mul_add(quarter, a), step.mul_add(three_quarters, a));
+                let (first, second) = near.interleave(far);
+                first.store(out.as_mut_ptr().add(2 * at + 1));
+                second.store(out.as_mut_ptr().add(2 * at + 1 + S::LANES));
+                at += S::LANES;
+            }
+        }
+        for (pair, out) in row[at..].windows(2).zip(out[2 * at + 1..].chunks_exact_mut(2)) {
+            out[0] = pair[0] + 0.25 * (pair[1] - pair[0]);
+            out[1] = pair[0] + 0.75 * (pair[1] - pair[0]);
+        }
     }
 }
 
@@ -91,9 +115,8 @@ impl Bilinear {
         let (above, below) = (&plane[lo * w..][..w], &plane[hi * w..][..w]);
         let frac = self.rows.frac[y];
         let blended = &mut scratch[..w];
-        planes::affine(isa, above, (1.0 - frac, 0.0), None, false, blended);
-        planes::add_scaled(isa, below, frac, blended);
-        self.columns.stretch(blended, out);
+        planes::blend(isa, above, below, frac, blended);
+        self.columns.stretch(isa, blended, out);
     }
 
     /// Adds the gradient of output row `y` to the gradient of the input plane.
@@ -155,6 +178,26 @@ pub fn backward(isa: Isa, dy: View, dx: ViewMut, accumulate: bool) {
     });
 }
 
+/// Keeps the larger of two scores and its class; a tie keeps the class that was there.
+struct KeepLarger<'a> {
+    class: u8,
+    candidate: &'a [f32],
+    best: &'a mut [f32],
+    labels: &'a mut [u8],
+}
+
+impl Kernel for KeepLarger<'_> {
+    /// A plain loop: the compiler turns it into vectors of whatever instruction set it is for.
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for ((label, best), &v) in self.labels.iter_mut().zip(self.best).zip(self.candidate) {
+            let larger = v > *best;
+            *label = if larger { self.class } else { *label };
+            *best = if larger { v } else { *best };
+        }
+    }
+}
+
 /// Resizes scores to `out_h` x `out_w` and takes the class of the largest, row by row, without
 /// ever holding the resized scores. `labels` is N x out_h x out_w; ties go to the smaller class.
 pub fn argmax(isa: Isa, scores: View, out_h: usize, out_w: usize, labels: &mut [u8]) {
@@ -170,11 +213,7 @@ pub fn argmax(isa: Isa, scores: View, out_h: usize, out_w: usize, labels: &mut [
             labels.fill(0);
             for c in 1..shape.c {
                 map.row(isa, scores.plane(n, c), row, scratch, candidate);
-                for ((label, best), &v) in labels.iter_mut().zip(best.iter_mut()).zip(&*candidate) {
-                    let larger = v > *best;
-                    *label = if larger { c as u8 } else { *label };
-                    *best = if larger { v } else { *best };
-                }
+                unsafe { isa.run(KeepLarger { class: c as u8, candidate, best, labels }) }
             }
         });
     });

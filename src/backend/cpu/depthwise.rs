@@ -1,12 +1,15 @@
 //! Depthwise 3x3 convolution of one plane from a padded copy of it.
 //!
-//! The copy ([`Padded`]) has a border of `dilation` zeros, so that the nine taps of an output
-//! are nine loads at fixed distances, without a branch. With stride 2 its rows are split into
-//! even and odd columns, which turns the strided taps into contiguous loads as well; one kernel
-//! serves both strides.
+//! The copy ([`Padded`]) has a border of at least `dilation` zeros, so that the nine taps of an
+//! output are nine loads at fixed distances, without a branch. With stride 1 a few columns are
+//! walked down at a time, in steps of the dilation: the three taps of an input row serve three
+//! outputs, which makes three loads of the nine. With stride 2 the copy's rows are split into even
+//! and odd columns, which turns the strided taps into contiguous loads as well.
 
 use super::simd::{Isa, Kernel, Simd};
 
+/// Elements of a cache line.
+const LINE: usize = 16;
 /// Columns that a vector may write or read past the end of a row.
 const SLACK: usize = 16;
 
@@ -18,6 +21,8 @@ pub struct Padded {
     dilation: usize,
     stride: usize,
     pitch: usize,
+    /// Columns before the plane's first one.
+    left: usize,
     /// Distance from a row's even columns to its odd ones (stride 2).
     odd: usize,
 }
@@ -28,8 +33,13 @@ impl Padded {
         assert!(stride == 1 || stride == 2);
         let columns = w + 2 * dilation;
         let odd = columns.div_ceil(2) + SLACK;
-        let pitch = if stride == 1 { columns + SLACK } else { 2 * odd };
-        Padded { h, w, dilation, stride, pitch, odd }
+        // With stride 1 the plane's own rows start on cache lines.
+        let left = if stride == 1 { dilation.next_multiple_of(LINE) } else { dilation };
+        let pitch = match stride {
+            1 => (left + w + dilation + SLACK).next_multiple_of(LINE),
+            _ => 2 * odd,
+        };
+        Padded { h, w, dilation, stride, pitch, left, odd }
     }
 
     /// Elements of the padded copy.
@@ -53,8 +63,8 @@ impl Padded {
         copy[interior.end..].fill(0.0);
         for row in copy[interior].chunks_exact_mut(pitch) {
             if self.stride == 1 {
-                row[..d].fill(0.0);
-                row[d + self.w..].fill(0.0);
+                row[..self.left].fill(0.0);
+                row[self.left + self.w..].fill(0.0);
             } else {
                 // What the interior covers of the even and of the odd columns.
                 let (even, odd) = row.split_at_mut(self.odd);
@@ -102,23 +112,18 @@ impl Padded {
     fn taps(&self) -> [usize; 9] {
         std::array::from_fn(|t| {
             let (row, column) = (t / 3 * self.dilation, t % 3 * self.dilation);
-            let column =
-                if self.stride == 1 { column } else { column / 2 + (column & 1) * self.odd };
+            let column = match self.stride {
+                1 => self.left - self.dilation + column,
+                _ => column / 2 + (column & 1) * self.odd,
+            };
             row * self.pitch + column
         })
     }
 
-    /// `out[r][c] = relu?(bias + sum_t w[t] * tap_t(r, c))`.
-    pub fn convolve(
-        &self,
-        isa: Isa,
-        copy: &[f32],
-        weights: &[f32],
-        bias: f32,
-        relu: bool,
-        out: &mut [f32],
-    ) {
-        self.run_convolution(isa, copy, weights, bias, relu, false, out);
+    /// `out[r][c] = relu(bias + sum_t w[t] * tap_t(r, c))`.
+    pub fn convolve(&self, isa: Isa, copy: &[f32], weights: &[f32], bias: f32, out: &mut [f32]) {
+        let after = After { bias, relu: true, accumulate: false };
+        self.run_convolution(isa, copy, weights, after, out);
     }
 
     /// `out[r][c] += sum_t w[t] * tap_t(r, c)`, or `=` without `accumulate`.
@@ -130,26 +135,23 @@ impl Padded {
         accumulate: bool,
         out: &mut [f32],
     ) {
-        self.run_convolution(isa, copy, weights, 0.0, false, accumulate, out);
+        let after = After { accumulate, ..After::default() };
+        self.run_convolution(isa, copy, weights, after, out);
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn run_convolution(
         &self,
         isa: Isa,
         copy: &[f32],
         weights: &[f32],
-        bias: f32,
-        relu: bool,
-        accumulate: bool,
+        after: After,
         out: &mut [f32],
     ) {
         let (oh, ow) = self.output();
         assert!(copy.len() >= self.len() && out.len() == oh * ow);
         let w = std::array::from_fn(|t| weights[t]);
-        let kernel =
-            Convolve { geometry: self, copy: copy.as_ptr(), w, bias, relu, accumulate, out };
-        unsafe { isa.run(kernel) }
+        let (copy, out) = (copy.as_ptr(), out.as_mut_ptr());
+        unsafe { isa.run(Convolve { geometry: self, copy, w, after, out }) }
     }
 
     /// `dw[t] += sum over outputs of du[r][c] * tap_t(r, c)`.
@@ -174,23 +176,16 @@ impl Kernel for FillRows<'_> {
         let (d, w, pitch) = (self.geometry.dilation, self.geometry.w, self.geometry.pitch);
         for row in 0..self.geometry.h {
             unsafe {
-                let target = self.copy.add((row + d) * pitch + d);
+                let target = self.copy.add((row + d) * pitch + self.geometry.left);
                 let mut col = 0;
                 while col < w {
                     let lanes = (w - col).min(S::LANES);
                     let at = row * w + col;
-                    let load = |p: *const f32| {
-                        if lanes == S::LANES { S::load(p) } else { S::load_first(p, lanes) }
-                    };
-                    let mut v = load(self.x.add(at));
+                    let mut v = S::load_up_to(self.x.add(at), lanes);
                     if !self.y.is_null() {
-                        v = v.add(load(self.y.add(at)));
+                        v = v.add(S::load_up_to(self.y.add(at), lanes));
                     }
-                    if lanes == S::LANES {
-                        v.store(target.add(col));
-                    } else {
-                        v.store_first(target.add(col), lanes);
-                    }
+                    v.store_up_to(target.add(col), lanes);
                     col += S::LANES;
                 }
             }
@@ -198,42 +193,131 @@ impl Kernel for FillRows<'_> {
     }
 }
 
+/// What is done to a sum of taps.
+#[derive(Clone, Copy, Default)]
+struct After {
+    bias: f32,
+    relu: bool,
+    accumulate: bool,
+}
+
 struct Convolve<'a> {
     geometry: &'a Padded,
     copy: *const f32,
     w: [f32; 9],
-    bias: f32,
-    relu: bool,
-    accumulate: bool,
-    out: &'a mut [f32],
+    after: After,
+    out: *mut f32,
 }
 
 impl Kernel for Convolve<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        unsafe {
+            match self.geometry.stride {
+                // Nine weights and three sums of one column take 15 of AVX2's 16 registers.
+                1 if S::LANES == 16 => self.walk::<S, 2>(),
+                1 => self.walk::<S, 1>(),
+                _ => self.rows::<S>(),
+            }
+        }
+    }
+}
+
+impl Convolve<'_> {
+    #[inline(always)]
+    unsafe fn weights<S: Simd>(&self) -> [S; 9] {
+        let w = &self.w;
+        unsafe {
+            [
+                S::splat(w[0]),
+                S::splat(w[1]),
+                S::splat(w[2]),
+                S::splat(w[3]),
+                S::splat(w[4]),
+                S::splat(w[5]),
+                S::splat(w[6]),
+                S::splat(w[7]),
+                S::splat(w[8]),
+            ]
+        }
+    }
+
+    /// Stride 1: columns of NV vectors, walked down in steps of the dilation.
+    #[inline(always)]
+    unsafe fn walk<S: Simd, const NV: usize>(&self) {
+        let g = self.geometry;
+        unsafe {
+            let w = self.weights::<S>();
+            let step = NV * S::LANES;
+            for start in 0..g.dilation.min(g.h) {
+                let mut col = 0;
+                while col + step <= g.w {
+                    self.column::<S, NV>(&w, start, col, S::LANES);
+                    col += step;
+                }
+                while col < g.w {
+                    self.column::<S, 1>(&w, start, col, (g.w - col).min(S::LANES));
+                    col += S::LANES;
+                }
+            }
+        }
+    }
+
+    /// Output rows `start`, `start + dilation`, ... of NV vectors from column `col`, of the last
+    /// of which `lanes` are inside.
+    #[inline(always)]
+    unsafe fn column<S: Simd, const NV: usize>(
+        &self,
+        w: &[S; 9],
+        start: usize,
+        col: usize,
+        lanes: usize,
+    ) {
+        let g = self.geometry;
+        let d = g.dilation;
+        unsafe {
+            let zero = S::splat(self.after.bias);
+            // Sums of the outputs two rows (in steps) and one row above the input row at hand.
+            let mut above = [zero; NV];
+            let mut same = [zero; NV];
+            let mut source = self.copy.add(start * g.pitch + g.left - d + col);
+            let mut input = start;
+            while input < g.h + 2 * d {
+                let mut done = [zero; NV];
+                for j in 0..NV {
+                    let p = source.add(j * S::LANES);
+                    let (x0, x1, x2) = (S::load(p), S::load(p.add(d)), S::load(p.add(2 * d)));
+                    done[j] = w[8].mul_add(x2, w[7].mul_add(x1, w[6].mul_add(x0, above[j])));
+                    above[j] = w[5].mul_add(x2, w[4].mul_add(x1, w[3].mul_add(x0, same[j])));
+                    same[j] = w[2].mul_add(x2, w[1].mul_add(x1, w[0].mul_add(x0, zero)));
+                }
+                if input >= start + 2 * d {
+                    let row = input - 2 * d;
+                    for (j, sum) in done.into_iter().enumerate() {
+                        self.finish(sum, row, col + j * S::LANES, g.w, lanes);
+                    }
+                }
+                source = source.add(d * g.pitch);
+                input += d;
+            }
+        }
+    }
+
+    /// Stride 2: row by row.
+    #[inline(always)]
+    unsafe fn rows<S: Simd>(&self) {
         let g = self.geometry;
         let (oh, ow) = g.output();
         let taps = g.taps();
         unsafe {
-            let w: [S; 9] = [
-                S::splat(self.w[0]),
-                S::splat(self.w[1]),
-                S::splat(self.w[2]),
-                S::splat(self.w[3]),
-                S::splat(self.w[4]),
-                S::splat(self.w[5]),
-                S::splat(self.w[6]),
-                S::splat(self.w[7]),
-                S::splat(self.w[8]),
-            ];
+            let w = self.weights::<S>();
             for row in 0..oh {
                 let source = self.copy.add(row * g.stride * g.pitch);
-                let out = self.out.as_mut_ptr().add(row * ow);
                 let mut col = 0;
                 while col < ow {
                     let p = source.add(col);
                     // Two chains of additions halve the latency of nine dependent FMAs.
-                    let mut a = S::splat(self.bias);
+                    let mut a = S::splat(self.after.bias);
                     let mut b = S::load(p.add(taps[0])).mul(w[0]);
                     a = w[1].mul_add(S::load(p.add(taps[1])), a);
                     b = w[2].mul_add(S::load(p.add(taps[2])), b);
@@ -243,25 +327,26 @@ impl Kernel for Convolve<'_> {
                     b = w[6].mul_add(S::load(p.add(taps[6])), b);
                     a = w[7].mul_add(S::load(p.add(taps[7])), a);
                     b = w[8].mul_add(S::load(p.add(taps[8])), b);
-                    let mut y = a.add(b);
-                    if self.relu {
-                        y = S::zero().max(y);
-                    }
-                    let lanes = (ow - col).min(S::LANES);
-                    if lanes == S::LANES {
-                        if self.accumulate {
-                            y = y.add(S::load(out.add(col)));
-                        }
-                        y.store(out.add(col));
-                    } else {
-                        if self.accumulate {
-                            y = y.add(S::load_first(out.add(col), lanes));
-                        }
-                        y.store_first(out.add(col), lanes);
-                    }
+                    self.finish(a.add(b), row, col, ow, (ow - col).min(S::LANES));
                     col += S::LANES;
                 }
             }
+        }
+    }
+
+    /// Writes `lanes` outputs of a row from their sums.
+    #[inline(always)]
+    unsafe fn finish<S: Simd>(&self, sum: S, row: usize, col: usize, width: usize, lanes: usize) {
+        unsafe {
+            let out = self.out.add(row * width + col);
+            let mut y = sum;
+            if self.after.relu {
+                y = S::zero().max(y);
+            }
+            if self.after.accumulate {
+                y = y.add(S::load_up_to(out, lanes));
+            }
+            y.store_up_to(out, lanes);
         }
     }
 }
@@ -287,11 +372,7 @@ impl Kernel for WeightGradient<'_> {
                 let mut col = 0;
                 while col < ow {
                     let lanes = (ow - col).min(S::LANES);
-                    let d = if lanes == S::LANES {
-                        S::load(du.add(col))
-                    } else {
-                        S::load_first(du.add(col), lanes)
-                    };
+                    let d = S::load_up_to(du.add(col), lanes);
                     let p = source.add(col);
                     for (sum, &tap) in sums.iter_mut().zip(&taps) {
                         *sum = d.mul_add(S::load(p.add(tap)), *sum);
@@ -366,7 +447,7 @@ mod tests {
                 let mut out = vec![f32::NAN; oh * ow];
                 padded.correlate(isa, &memory, &k, false, &mut out);
                 check("correlate", &out, &plain);
-                padded.convolve(isa, &memory, &k, 0.25, true, &mut out);
+                padded.convolve(isa, &memory, &k, 0.25, &mut out);
                 check("bias and ReLU", &out, &relu);
                 let mut out = before.f32();
                 padded.correlate(isa, &memory, &k, true, &mut out);
@@ -402,7 +483,7 @@ mod tests {
             for isa in Isa::available() {
                 let memory = copy(&padded, isa, &x, None);
                 let mut out = vec![0.0; oh * ow];
-                padded.convolve(isa, &memory, &[1.0; 9], 0.0, true, &mut out);
+                padded.convolve(isa, &memory, &[1.0; 9], 0.0, &mut out);
                 for (i, v) in out.iter().enumerate() {
                     let sees = (0..9).any(|t| tap(&x, d, stride, (i / ow, i % ow), t).is_nan());
                     assert_eq!(v.is_nan(), sees, "{isa:?}, {h}x{w}, {d}, {stride}: {i} is {v}");

@@ -60,19 +60,18 @@ pub trait TileSource: Sync {
     /// Writes `packed[(strip * k + row) * nr ..][..nr]`; pixels past the end must be finite.
     fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]);
 
-    /// What a later `pack` at `start` will read, to be fetched meanwhile.
-    fn ahead(&self, start: usize) -> Option<Ahead> {
+    /// Where the rows of the tile at `start` lie, if they are in memory as they are.
+    fn rows(&self, start: usize) -> Option<Rows> {
         let _ = start;
         None
     }
 }
 
-/// Rows of a tile that will be read soon. A tile touches a few lines of every plane: too short a
-/// run for the processor to see it coming by itself.
+/// Rows of a tile in memory.
 #[derive(Clone, Copy)]
-pub struct Ahead {
+pub struct Rows {
     base: *const f32,
-    rows: usize,
+    count: usize,
     stride: usize,
 }
 
@@ -97,9 +96,8 @@ impl TileSource for Planes {
         }
     }
 
-    fn ahead(&self, start: usize) -> Option<Ahead> {
-        let base = self.base.wrapping_add(start);
-        Some(Ahead { base, rows: self.k, stride: self.stride })
+    fn rows(&self, start: usize) -> Option<Rows> {
+        Some(Rows { base: self.base.wrapping_add(start), count: self.k, stride: self.stride })
     }
 }
 
@@ -205,16 +203,22 @@ pub unsafe fn multiply(
         let kept = if second.is_some() { between.as_mut_ptr() } else { std::ptr::null_mut() };
         for start in range.clone().step_by(TILE) {
             let count = TILE.min(range.end - start);
-            source.pack(isa, start, count, nr, packed);
+            // The first panel of a whole tile packs it in passing.
+            let rows = source.rows(start).filter(|_| count == TILE);
+            if rows.is_none() {
+                source.pack(isa, start, count, nr, packed);
+            }
             // Two tiles ahead: the next one has been asked for already.
             let following = start + 2 * TILE;
-            let ahead = if following < range.end { source.ahead(following) } else { None };
-            let tile =
-                TileKernel { product: &first, x: packed.as_ptr(), start, count, kept, ahead };
+            let ahead = if following < range.end { source.rows(following) } else { None };
+            let x = packed.as_mut_ptr();
+            let tile = TileKernel { product: &first, x, rows, start, count, kept, ahead };
             unsafe { isa.run(tile) }
             if let Some(second) = &second {
-                let (x, kept) = (kept.cast_const(), std::ptr::null_mut());
-                let tile = TileKernel { product: second, x, start, count, kept, ahead: None };
+                let nowhere = std::ptr::null_mut();
+                let (x, product) = (kept, second);
+                let tile =
+                    TileKernel { product, x, rows: None, kept: nowhere, ahead: None, ..tile };
                 unsafe { isa.run(tile) }
             }
         }
@@ -235,14 +239,20 @@ pub fn for_runs(shape: Shape, work: impl Fn(usize, Range<usize>) + Sync) {
     });
 }
 
+#[derive(Clone, Copy)]
 struct TileKernel<'a> {
     product: &'a Product<'a>,
-    x: *const f32,
+    /// The packed tile.
+    x: *mut f32,
+    /// Where its rows are, if it has not been packed yet.
+    rows: Option<Rows>,
     start: usize,
     count: usize,
     /// Where the result is kept as a packed tile as well, or null.
     kept: *mut f32,
-    ahead: Option<Ahead>,
+    /// Rows of a later tile. A tile touches a few lines of every plane: too short a run for the
+    /// processor to see it coming by itself.
+    ahead: Option<Rows>,
 }
 
 impl Kernel for TileKernel<'_> {
@@ -268,13 +278,17 @@ impl TileKernel<'_> {
                     let w = weights.data.as_ptr().add(row * k);
                     let x = self.x.add(first * k);
                     let kept = self.kept.wrapping_add(first * m + row * nr);
+                    let unpacked = self.rows.filter(|_| panel == 0);
+                    let rows =
+                        unpacked.map(|rows| Rows { base: rows.base.wrapping_add(first), ..rows });
+                    let at = Block { w, x, rows, row, pixels, kept };
                     match m - row {
-                        1 => self.block::<S, NV, 1>(w, x, row, pixels, kept),
-                        2 => self.block::<S, NV, 2>(w, x, row, pixels, kept),
-                        3 => self.block::<S, NV, 3>(w, x, row, pixels, kept),
-                        4 => self.block::<S, NV, 4>(w, x, row, pixels, kept),
-                        5 => self.block::<S, NV, 5>(w, x, row, pixels, kept),
-                        _ => self.block::<S, NV, MR>(w, x, row, pixels, kept),
+                        1 => self.block::<S, NV, 1>(at),
+                        2 => self.block::<S, NV, 2>(at),
+                        3 => self.block::<S, NV, 3>(at),
+                        4 => self.block::<S, NV, 4>(at),
+                        5 => self.block::<S, NV, 5>(at),
+                        _ => self.block::<S, NV, MR>(at),
                     }
                 }
             }
@@ -285,7 +299,7 @@ impl TileKernel<'_> {
     #[inline(always)]
     unsafe fn fetch<S: Simd>(&self, part: usize, parts: usize) {
         let Some(ahead) = &self.ahead else { return };
-        for row in part * ahead.rows / parts..(part + 1) * ahead.rows / parts {
+        for row in part * ahead.count / parts..(part + 1) * ahead.count / parts {
             for line in 0..TILE / 16 {
                 unsafe { S::prefetch(ahead.base.wrapping_add(row * ahead.stride + 16 * line)) }
             }
@@ -294,14 +308,8 @@ impl TileKernel<'_> {
 
     /// A register block of ROWS x NR: product, then bias, residual, ReLU and store.
     #[inline(always)]
-    unsafe fn block<S: Simd, const NV: usize, const ROWS: usize>(
-        &self,
-        w: *const f32,
-        x: *const f32,
-        row: usize,
-        pixels: Pixels,
-        kept: *mut f32,
-    ) {
+    unsafe fn block<S: Simd, const NV: usize, const ROWS: usize>(&self, at: Block) {
+        let Block { w, x, rows, row, pixels, kept } = at;
         let e = &self.product.epilogue;
         unsafe {
             if !e.residual.is_null() {
@@ -310,7 +318,12 @@ impl TileKernel<'_> {
                     S::prefetch(e.residual.wrapping_add(at));
                 }
             }
-            let acc = product::<S, NV, ROWS>(w, x, self.product.weights.k);
+            let acc = match rows {
+                // The first panel is a whole one if others follow; else nobody needs the packed tile.
+                Some(rows) if ROWS == MR => product_of_rows::<S, NV, ROWS, true>(w, rows, x),
+                Some(rows) => product_of_rows::<S, NV, ROWS, false>(w, rows, x),
+                None => product::<S, NV, ROWS>(w, x, self.product.weights.k),
+            };
             for (i, vectors) in acc.iter().enumerate() {
                 let bias = S::splat(if e.bias.is_null() { 0.0 } else { *e.bias.add(row + i) });
                 let out = e.out.add((row + i) * e.out_stride + pixels.start);
@@ -335,6 +348,21 @@ impl TileKernel<'_> {
             }
         }
     }
+}
+
+/// A register block's place.
+#[derive(Clone, Copy)]
+struct Block {
+    /// Its panel of weights.
+    w: *const f32,
+    /// Its strip of the packed tile.
+    x: *mut f32,
+    /// Where the strip's rows are, if they are yet to be packed.
+    rows: Option<Rows>,
+    /// First output row.
+    row: usize,
+    pixels: Pixels,
+    kept: *mut f32,
 }
 
 /// Pixels of a strip: the first, and how many are inside the plane.
@@ -366,6 +394,39 @@ unsafe fn product<S: Simd, const NV: usize, const ROWS: usize>(
             }
             w = w.add(MR);
             x = x.add(NV * S::LANES);
+        }
+        acc
+    }
+}
+
+/// [`product`] with a strip that is read where it lies, and with PACK packed for the panels to come:
+/// what the processor waits for is hidden behind the products.
+#[inline(always)]
+unsafe fn product_of_rows<S: Simd, const NV: usize, const ROWS: usize, const PACK: bool>(
+    mut w: *const f32,
+    rows: Rows,
+    mut packed: *mut f32,
+) -> [[S; NV]; ROWS] {
+    unsafe {
+        let mut x = rows.base;
+        let mut acc = [[S::zero(); NV]; ROWS];
+        for _ in 0..rows.count {
+            let mut columns = [S::zero(); NV];
+            for (j, c) in columns.iter_mut().enumerate() {
+                *c = S::load(x.add(j * S::LANES));
+                if PACK {
+                    c.store(packed.add(j * S::LANES));
+                }
+            }
+            for (i, row) in acc.iter_mut().enumerate() {
+                let weight = S::splat(*w.add(i));
+                for (a, c) in row.iter_mut().zip(columns) {
+                    *a = weight.mul_add(c, *a);
+                }
+            }
+            w = w.add(MR);
+            x = x.wrapping_add(rows.stride);
+            packed = packed.add(NV * S::LANES);
         }
         acc
     }

@@ -2,15 +2,14 @@
 
 use super::simd::{Isa, Kernel, Simd};
 
-/// Loads `lanes` elements; a full vector where that is all of them.
 #[inline(always)]
 unsafe fn load<S: Simd>(p: *const f32, lanes: usize) -> S {
-    unsafe { if lanes == S::LANES { S::load(p) } else { S::load_first(p, lanes) } }
+    unsafe { S::load_up_to(p, lanes) }
 }
 
 #[inline(always)]
 unsafe fn store<S: Simd>(v: S, p: *mut f32, lanes: usize) {
-    unsafe { if lanes == S::LANES { v.store(p) } else { v.store_first(p, lanes) } }
+    unsafe { v.store_up_to(p, lanes) }
 }
 
 /// Work on the elements `at .. at + lanes`, independent of all others.
@@ -282,6 +281,39 @@ pub fn affine(
 /// y = a + b.
 pub fn add(isa: Isa, a: &[f32], b: &[f32], y: &mut [f32]) {
     affine(isa, a, (1.0, 0.0), Some(b), false, y);
+}
+
+/// y = a + frac * (b - a).
+pub fn blend(isa: Isa, a: &[f32], b: &[f32], frac: f32, y: &mut [f32]) {
+    struct Blend(*const f32, *const f32, f32, *mut f32);
+    impl Elementwise for Blend {
+        #[inline(always)]
+        unsafe fn step<S: Simd>(&self, at: usize, lanes: usize) {
+            unsafe {
+                let a: S = load(self.0.add(at), lanes);
+                let difference = load::<S>(self.1.add(at), lanes).sub(a);
+                store(difference.mul_add(S::splat(self.2), a), self.3.add(at), lanes);
+            }
+        }
+    }
+    assert!(a.len() == y.len() && b.len() == y.len());
+    for_each(isa, y.len(), Blend(a.as_ptr(), b.as_ptr(), frac, y.as_mut_ptr()));
+}
+
+/// y *= x.
+pub fn multiply(isa: Isa, x: &[f32], y: &mut [f32]) {
+    struct Multiply(*const f32, *mut f32);
+    impl Elementwise for Multiply {
+        #[inline(always)]
+        unsafe fn step<S: Simd>(&self, at: usize, lanes: usize) {
+            unsafe {
+                let p = self.1.add(at);
+                store(load::<S>(self.0.add(at), lanes).mul(load(p, lanes)), p, lanes);
+            }
+        }
+    }
+    assert_eq!(x.len(), y.len());
+    for_each(isa, x.len(), Multiply(x.as_ptr(), y.as_mut_ptr()));
 }
 
 /// y += scale * x.

@@ -136,6 +136,10 @@ pub trait Simd: Copy {
     unsafe fn where_positive(self, gate: Self) -> Self;
     /// Sum of all lanes, in a fixed order.
     unsafe fn sum(self) -> f32;
+    /// The lanes of self and b in turns: a0 b0 a1 b1 ..., in two vectors.
+    unsafe fn interleave(self, b: Self) -> (Self, Self);
+    /// The even and the odd elements of self followed by b: [`Simd::interleave`] undone.
+    unsafe fn deinterleave(self, b: Self) -> (Self, Self);
     /// Asks for the cache line at `p`, which may be any address.
     #[inline(always)]
     unsafe fn prefetch(p: *const f32) {
@@ -231,6 +235,17 @@ impl Simd for Portable {
         let v = self.0;
         ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
     }
+    #[inline(always)]
+    unsafe fn interleave(self, b: Self) -> (Self, Self) {
+        let at = |i: usize| if i.is_multiple_of(2) { self.0[i / 2] } else { b.0[i / 2] };
+        (Portable(std::array::from_fn(at)), Portable(std::array::from_fn(|i| at(i + 8))))
+    }
+    #[inline(always)]
+    unsafe fn deinterleave(self, b: Self) -> (Self, Self) {
+        let at = |i: usize| if i < 8 { self.0[i] } else { b.0[i - 8] };
+        let half = |odd: usize| Portable(std::array::from_fn(|i| at(2 * i + odd)));
+        (half(0), half(1))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -295,6 +310,24 @@ mod x86 {
                 _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps::<1>(v, v)))
             }
         }
+        #[inline(always)]
+        unsafe fn interleave(self, b: Self) -> (Self, Self) {
+            unsafe {
+                let low = _mm256_unpacklo_ps(self.0, b.0);
+                let high = _mm256_unpackhi_ps(self.0, b.0);
+                let first = _mm256_permute2f128_ps::<0x20>(low, high);
+                (F32x8(first), F32x8(_mm256_permute2f128_ps::<0x31>(low, high)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn deinterleave(self, b: Self) -> (Self, Self) {
+            unsafe {
+                let low = _mm256_permute2f128_ps::<0x20>(self.0, b.0);
+                let high = _mm256_permute2f128_ps::<0x31>(self.0, b.0);
+                let even = _mm256_shuffle_ps::<0b10_00_10_00>(low, high);
+                (F32x8(even), F32x8(_mm256_shuffle_ps::<0b11_01_11_01>(low, high)))
+            }
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -348,6 +381,25 @@ mod x86 {
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+        #[inline(always)]
+        unsafe fn interleave(self, b: Self) -> (Self, Self) {
+            unsafe {
+                let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+                let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+                let first = _mm512_permutex2var_ps(self.0, low, b.0);
+                (F32x16(first), F32x16(_mm512_permutex2var_ps(self.0, high, b.0)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn deinterleave(self, b: Self) -> (Self, Self) {
+            unsafe {
+                let even =
+                    _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+                let first = _mm512_permutex2var_ps(self.0, even, b.0);
+                (F32x16(first), F32x16(_mm512_permutex2var_ps(self.0, odd, b.0)))
+            }
         }
     }
 }
