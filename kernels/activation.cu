@@ -19,6 +19,23 @@ __device__ __forceinline__ void activation_forward(const T* x, T* y, int act, in
 }
 
 template <typename T>
+__device__ __forceinline__ void activation_backward(const T* y, const T* dy, T* dx, int act,
+                                                    int accumulate, int pixels, int y_batch,
+                                                    int y_plane, int dy_batch, int dy_plane,
+                                                    int dx_batch, int dx_plane) {
+    y += plane_at(blockIdx.z, y_batch, blockIdx.y, y_plane);
+    dy += plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane);
+    dx += plane_at(blockIdx.z, dx_batch, blockIdx.y, dx_plane);
+    FOR_PIXELS(i, pixels) {
+        const float out = load(y + i);
+        float g = load(dy + i);
+        if (act == ACT_RELU) g = out > 0.0f ? g : 0.0f;
+        if (act == ACT_SIGMOID) g *= out * (1.0f - out);
+        store(dx + i, accumulate ? load(dx + i) + g : g);
+    }
+}
+
+template <typename T>
 __device__ __forceinline__ void add_forward(const T* a, const T* b, T* y, int pixels, int a_batch,
                                             int a_plane, int b_batch, int b_plane, int y_batch,
                                             int y_plane) {
@@ -58,16 +75,16 @@ extern "C" __global__ void activation_backward_f32(const float* y, const float* 
                                                    int act, int accumulate, int pixels,
                                                    int y_batch, int y_plane, int dy_batch,
                                                    int dy_plane, int dx_batch, int dx_plane) {
-    y += plane_at(blockIdx.z, y_batch, blockIdx.y, y_plane);
-    dy += plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane);
-    dx += plane_at(blockIdx.z, dx_batch, blockIdx.y, dx_plane);
-    FOR_PIXELS(i, pixels) {
-        const float out = y[i];
-        float g = dy[i];
-        if (act == ACT_RELU) g = out > 0.0f ? g : 0.0f;
-        if (act == ACT_SIGMOID) g *= out * (1.0f - out);
-        dx[i] = accumulate ? dx[i] + g : g;
-    }
+    activation_backward(y, dy, dx, act, accumulate, pixels, y_batch, y_plane, dy_batch, dy_plane,
+                        dx_batch, dx_plane);
+}
+
+extern "C" __global__ void activation_backward_f16(const __half* y, const __half* dy, __half* dx,
+                                                   int act, int accumulate, int pixels,
+                                                   int y_batch, int y_plane, int dy_batch,
+                                                   int dy_plane, int dx_batch, int dx_plane) {
+    activation_backward(y, dy, dx, act, accumulate, pixels, y_batch, y_plane, dy_batch, dy_plane,
+                        dx_batch, dx_plane);
 }
 
 extern "C" __global__ void add_forward_f32(const float* a, const float* b, float* y, int pixels,

@@ -21,19 +21,18 @@ __device__ __forceinline__ int piece_size(int piece, int pixels) {
 }
 
 // dy (+ dy2), passed where y > 0. y and dy2 may be null.
-__device__ __forceinline__ float gated(const float* dy, const float* dy2, const float* y, int i) {
-    float g = dy[i];
-    if (dy2 != nullptr) g += dy2[i];
-    if (y != nullptr) g = y[i] > 0.0f ? g : 0.0f;
+template <typename T>
+__device__ __forceinline__ float gated(const T* dy, const T* dy2, const T* y, int i) {
+    float g = load(dy + i);
+    if (dy2 != nullptr) g += load(dy2 + i);
+    if (y != nullptr) g = load(y + i) > 0.0f ? g : 0.0f;
     return g;
 }
 
-}  // namespace
-
 // partial is C x (N * pieces) x 2: mean and squares around it of each piece.
-extern "C" __global__ void __launch_bounds__(256)
-    batch_norm_statistics_f32(const float* __restrict__ x, float* __restrict__ partial, int pixels,
-                              int x_batch, int x_plane) {
+template <typename T>
+__device__ __forceinline__ void batch_norm_statistics(
+    const T* __restrict__ x, float* __restrict__ partial, int pixels, int x_batch, int x_plane) {
     __shared__ float shared[32];
     x += plane_at(blockIdx.z, x_batch, blockIdx.y, x_plane);
     const int first = blockIdx.x * REDUCTION_PIXELS + threadIdx.x;
@@ -42,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < REDUCTION_PER_THREAD; ++k) {
         const int i = first + k * REDUCTION_THREADS;
-        values[k] = i < pixels ? x[i] : 0.0f;
+        values[k] = i < pixels ? load(x + i) : 0.0f;
         sum += values[k];
     }
     const float mean = block_sum_all(sum, shared) / piece_size(blockIdx.x, pixels);
@@ -62,6 +61,156 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
+template <typename T>
+__device__ __forceinline__ void batch_norm_apply(
+    const T* x, const T* residual, T* y, const float* __restrict__ weight,
+    const float* __restrict__ bias, const float* __restrict__ mean,
+    const float* __restrict__ invstd, int act, int pixels, int x_batch, int x_plane, int r_batch,
+    int r_plane, int y_batch, int y_plane) {
+    const int c = blockIdx.y;
+    const float scale = weight[c] * invstd[c], shift = bias[c] - mean[c] * scale;
+    x += plane_at(blockIdx.z, x_batch, c, x_plane);
+    y += plane_at(blockIdx.z, y_batch, c, y_plane);
+    if (residual != nullptr) residual += plane_at(blockIdx.z, r_batch, c, r_plane);
+    FOR_PIXELS(i, pixels) {
+        float v = load(x + i) * scale + shift;
+        if (residual != nullptr) v += load(residual + i);
+        store(y + i, act == ACT_RELU ? relu(v) : v);
+    }
+}
+
+// partial is C x (N * pieces) x 2: sum of g, sum of g (x - mean). y is null without a ReLU.
+template <typename T>
+__device__ __forceinline__ void batch_norm_backward_sums(
+    const T* __restrict__ x, const T* __restrict__ y, const T* __restrict__ dy,
+    const T* __restrict__ dy2, const float* __restrict__ mean, float* __restrict__ partial,
+    int pixels, int x_batch, int x_plane, int y_batch, int y_plane, int dy_batch, int dy_plane,
+    int dy2_batch, int dy2_plane) {
+    __shared__ float shared[2 * 32];
+    const int c = blockIdx.y;
+    x += plane_at(blockIdx.z, x_batch, c, x_plane);
+    dy += plane_at(blockIdx.z, dy_batch, c, dy_plane);
+    if (y != nullptr) y += plane_at(blockIdx.z, y_batch, c, y_plane);
+    if (dy2 != nullptr) dy2 += plane_at(blockIdx.z, dy2_batch, c, dy2_plane);
+    const float centre = mean[c];
+    const int first = blockIdx.x * REDUCTION_PIXELS + threadIdx.x;
+    float sums[2] = {0.0f, 0.0f};
+#pragma unroll 4
+    for (int k = 0; k < REDUCTION_PER_THREAD; ++k) {
+        const int i = first + k * REDUCTION_THREADS;
+        if (i < pixels) {
+            const float g = gated(dy, dy2, y, i);
+            sums[0] += g;
+            sums[1] += g * (load(x + i) - centre);
+        }
+    }
+    block_sum(sums, shared);
+    if (threadIdx.x == 0) {
+        const size_t part = static_cast<size_t>(blockIdx.z) * gridDim.x + blockIdx.x;
+        const size_t parts = static_cast<size_t>(gridDim.z) * gridDim.x;
+        float* out = partial + 2 * (c * parts + part);
+        out[0] = sums[0];
+        out[1] = sums[1];
+    }
+}
+
+// dx, and the residual's gradient where there is one; both may be accumulated.
+template <typename T>
+__device__ __forceinline__ void batch_norm_backward_apply(
+    const T* x, const T* y, const T* dy, const T* dy2, const float* __restrict__ weight,
+    const float* __restrict__ mean, const float* __restrict__ invstd,
+    const float* __restrict__ coefficients, T* dx, T* dresidual, int accumulate,
+    int accumulate_residual, int pixels, int x_batch, int x_plane, int y_batch, int y_plane,
+    int dy_batch, int dy_plane, int dy2_batch, int dy2_plane, int dx_batch, int dx_plane,
+    int dr_batch, int dr_plane) {
+    const int c = blockIdx.y;
+    x += plane_at(blockIdx.z, x_batch, c, x_plane);
+    dy += plane_at(blockIdx.z, dy_batch, c, dy_plane);
+    dx += plane_at(blockIdx.z, dx_batch, c, dx_plane);
+    if (y != nullptr) y += plane_at(blockIdx.z, y_batch, c, y_plane);
+    if (dy2 != nullptr) dy2 += plane_at(blockIdx.z, dy2_batch, c, dy2_plane);
+    if (dresidual != nullptr) dresidual += plane_at(blockIdx.z, dr_batch, c, dr_plane);
+    const float scale = weight[c] * invstd[c], centre = mean[c];
+    const float mean_g = coefficients[2 * c], slope = coefficients[2 * c + 1];
+    FOR_PIXELS(i, pixels) {
+        const float g = gated(dy, dy2, y, i);
+        const float v = scale * (g - mean_g - (load(x + i) - centre) * slope);
+        if (dresidual != nullptr) {
+            store(dresidual + i, accumulate_residual ? load(dresidual + i) + g : g);
+        }
+        store(dx + i, accumulate ? load(dx + i) + v : v);
+    }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256)
+    batch_norm_statistics_f32(const float* x, float* partial, int pixels, int x_batch, int x_plane) {
+    batch_norm_statistics(x, partial, pixels, x_batch, x_plane);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    batch_norm_statistics_f16(const __half* x, float* partial, int pixels, int x_batch, int x_plane) {
+    batch_norm_statistics(x, partial, pixels, x_batch, x_plane);
+}
+
+extern "C" __global__ void batch_norm_apply_f32(
+    const float* x, const float* residual, float* y, const float* weight, const float* bias,
+    const float* mean, const float* invstd, int act, int pixels, int x_batch, int x_plane,
+    int r_batch, int r_plane, int y_batch, int y_plane) {
+    batch_norm_apply(x, residual, y, weight, bias, mean, invstd, act, pixels, x_batch, x_plane,
+                     r_batch, r_plane, y_batch, y_plane);
+}
+
+extern "C" __global__ void batch_norm_apply_f16(
+    const __half* x, const __half* residual, __half* y, const float* weight, const float* bias,
+    const float* mean, const float* invstd, int act, int pixels, int x_batch, int x_plane,
+    int r_batch, int r_plane, int y_batch, int y_plane) {
+    batch_norm_apply(x, residual, y, weight, bias, mean, invstd, act, pixels, x_batch, x_plane,
+                     r_batch, r_plane, y_batch, y_plane);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    batch_norm_backward_sums_f32(const float* x, const float* y, const float* dy, const float* dy2,
+                                 const float* mean, float* partial, int pixels, int x_batch,
+                                 int x_plane, int y_batch, int y_plane, int dy_batch, int dy_plane,
+                                 int dy2_batch, int dy2_plane) {
+    batch_norm_backward_sums(x, y, dy, dy2, mean, partial, pixels, x_batch, x_plane, y_batch,
+                             y_plane, dy_batch, dy_plane, dy2_batch, dy2_plane);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    batch_norm_backward_sums_f16(const __half* x, const __half* y, const __half* dy, const __half* dy2,
+                                 const float* mean, float* partial, int pixels, int x_batch,
+                                 int x_plane, int y_batch, int y_plane, int dy_batch, int dy_plane,
+                                 int dy2_batch, int dy2_plane) {
+    batch_norm_backward_sums(x, y, dy, dy2, mean, partial, pixels, x_batch, x_plane, y_batch,
+                             y_plane, dy_batch, dy_plane, dy2_batch, dy2_plane);
+}
+
+extern "C" __global__ void batch_norm_backward_apply_f32(
+    const float* x, const float* y, const float* dy, const float* dy2, const float* weight,
+    const float* mean, const float* invstd, const float* coefficients, float* dx, float* dresidual,
+    int accumulate, int accumulate_residual, int pixels, int x_batch, int x_plane, int y_batch,
+    int y_plane, int dy_batch, int dy_plane, int dy2_batch, int dy2_plane, int dx_batch,
+    int dx_plane, int dr_batch, int dr_plane) {
+    batch_norm_backward_apply(x, y, dy, dy2, weight, mean, invstd, coefficients, dx, dresidual,
+                              accumulate, accumulate_residual, pixels, x_batch, x_plane, y_batch,
+                              y_plane, dy_batch, dy_plane, dy2_batch, dy2_plane, dx_batch, dx_plane,
+                              dr_batch, dr_plane);
+}
+
+extern "C" __global__ void batch_norm_backward_apply_f16(
+    const __half* x, const __half* y, const __half* dy, const __half* dy2, const float* weight,
+    const float* mean, const float* invstd, const float* coefficients, __half* dx, __half* dresidual,
+    int accumulate, int accumulate_residual, int pixels, int x_batch, int x_plane, int y_batch,
+    int y_plane, int dy_batch, int dy_plane, int dy2_batch, int dy2_plane, int dx_batch,
+    int dx_plane, int dr_batch, int dr_plane) {
+    batch_norm_backward_apply(x, y, dy, dy2, weight, mean, invstd, coefficients, dx, dresidual,
+                              accumulate, accumulate_residual, pixels, x_batch, x_plane, y_batch,
+                              y_plane, dy_batch, dy_plane, dy2_batch, dy2_plane, dx_batch, dx_plane,
+                              dr_batch, dr_plane);
+}
 // Mean and 1 / sqrt(var + eps) of each channel; updates the running statistics (the variance
 // unbiased, as PyTorch keeps it). One warp per channel.
 extern "C" __global__ void batch_norm_finalize_f32(const float* __restrict__ partial,
@@ -92,60 +241,6 @@ extern "C" __global__ void batch_norm_finalize_f32(const float* __restrict__ par
     running_var[c] += momentum * (unbiased - running_var[c]);
 }
 
-extern "C" __global__ void batch_norm_apply_f32(const float* x, const float* residual, float* y,
-                                                const float* __restrict__ weight,
-                                                const float* __restrict__ bias,
-                                                const float* __restrict__ mean,
-                                                const float* __restrict__ invstd, int act,
-                                                int pixels, int x_batch, int x_plane, int r_batch,
-                                                int r_plane, int y_batch, int y_plane) {
-    const int c = blockIdx.y;
-    const float scale = weight[c] * invstd[c], shift = bias[c] - mean[c] * scale;
-    x += plane_at(blockIdx.z, x_batch, c, x_plane);
-    y += plane_at(blockIdx.z, y_batch, c, y_plane);
-    if (residual != nullptr) residual += plane_at(blockIdx.z, r_batch, c, r_plane);
-    FOR_PIXELS(i, pixels) {
-        float v = x[i] * scale + shift;
-        if (residual != nullptr) v += residual[i];
-        y[i] = act == ACT_RELU ? relu(v) : v;
-    }
-}
-
-// partial is C x (N * pieces) x 2: sum of g, sum of g (x - mean). y is null without a ReLU.
-extern "C" __global__ void __launch_bounds__(256)
-    batch_norm_backward_sums_f32(const float* __restrict__ x, const float* __restrict__ y,
-                                 const float* __restrict__ dy, const float* __restrict__ dy2,
-                                 const float* __restrict__ mean, float* __restrict__ partial,
-                                 int pixels, int x_batch, int x_plane, int y_batch, int y_plane,
-                                 int dy_batch, int dy_plane, int dy2_batch, int dy2_plane) {
-    __shared__ float shared[2 * 32];
-    const int c = blockIdx.y;
-    x += plane_at(blockIdx.z, x_batch, c, x_plane);
-    dy += plane_at(blockIdx.z, dy_batch, c, dy_plane);
-    if (y != nullptr) y += plane_at(blockIdx.z, y_batch, c, y_plane);
-    if (dy2 != nullptr) dy2 += plane_at(blockIdx.z, dy2_batch, c, dy2_plane);
-    const float centre = mean[c];
-    const int first = blockIdx.x * REDUCTION_PIXELS + threadIdx.x;
-    float sums[2] = {0.0f, 0.0f};
-#pragma unroll 4
-    for (int k = 0; k < REDUCTION_PER_THREAD; ++k) {
-        const int i = first + k * REDUCTION_THREADS;
-        if (i < pixels) {
-            const float g = gated(dy, dy2, y, i);
-            sums[0] += g;
-            sums[1] += g * (x[i] - centre);
-        }
-    }
-    block_sum(sums, shared);
-    if (threadIdx.x == 0) {
-        const size_t part = static_cast<size_t>(blockIdx.z) * gridDim.x + blockIdx.x;
-        const size_t parts = static_cast<size_t>(gridDim.z) * gridDim.x;
-        float* out = partial + 2 * (c * parts + part);
-        out[0] = sums[0];
-        out[1] = sums[1];
-    }
-}
-
 // dweight, dbias, and per channel the two coefficients of apply: mean of g, and what (x - mean) is
 // multiplied by. One warp per channel.
 extern "C" __global__ void batch_norm_backward_finalize_f32(
@@ -167,29 +262,4 @@ extern "C" __global__ void batch_norm_backward_finalize_f32(
     dbias[c] = static_cast<float>(sum_g);
     coefficients[2 * c] = static_cast<float>(sum_g / count);
     coefficients[2 * c + 1] = static_cast<float>(slope / count * invstd[c]);
-}
-
-// dx, and the residual's gradient where there is one; both may be accumulated.
-extern "C" __global__ void batch_norm_backward_apply_f32(
-    const float* x, const float* y, const float* dy, const float* dy2,
-    const float* __restrict__ weight, const float* __restrict__ mean,
-    const float* __restrict__ invstd, const float* __restrict__ coefficients, float* dx,
-    float* dresidual, int accumulate, int accumulate_residual, int pixels, int x_batch, int x_plane,
-    int y_batch, int y_plane, int dy_batch, int dy_plane, int dy2_batch, int dy2_plane,
-    int dx_batch, int dx_plane, int dr_batch, int dr_plane) {
-    const int c = blockIdx.y;
-    x += plane_at(blockIdx.z, x_batch, c, x_plane);
-    dy += plane_at(blockIdx.z, dy_batch, c, dy_plane);
-    dx += plane_at(blockIdx.z, dx_batch, c, dx_plane);
-    if (y != nullptr) y += plane_at(blockIdx.z, y_batch, c, y_plane);
-    if (dy2 != nullptr) dy2 += plane_at(blockIdx.z, dy2_batch, c, dy2_plane);
-    if (dresidual != nullptr) dresidual += plane_at(blockIdx.z, dr_batch, c, dr_plane);
-    const float scale = weight[c] * invstd[c], centre = mean[c];
-    const float mean_g = coefficients[2 * c], slope = coefficients[2 * c + 1];
-    FOR_PIXELS(i, pixels) {
-        const float g = gated(dy, dy2, y, i);
-        const float v = scale * (g - mean_g - (x[i] - centre) * slope);
-        if (dresidual != nullptr) dresidual[i] = accumulate_residual ? dresidual[i] + g : g;
-        dx[i] = accumulate ? dx[i] + v : v;
-    }
 }

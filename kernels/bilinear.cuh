@@ -56,8 +56,9 @@ __device__ __forceinline__ float sample(const T* plane, int in_w, Tap row, Tap c
 
 // dx[q] = sum over outputs of weight * dy (* gate): the transpose of the interpolation, gathered,
 // so that no two threads write one element.
-__device__ __forceinline__ float sample_transposed(const float* __restrict__ dy,
-                                                   const float* __restrict__ gate, int qy, int qx,
+template <typename T>
+__device__ __forceinline__ float sample_transposed(const T* __restrict__ dy,
+                                                   const T* __restrict__ gate, int qy, int qx,
                                                    int in_h, int in_w, int out_h, int out_w) {
     int y0, y1, x0, x1;
     readers(qy, in_h, out_h, &y0, &y1);
@@ -71,7 +72,7 @@ __device__ __forceinline__ float sample_transposed(const float* __restrict__ dy,
             const float down = tap_weight(qy, y, in_h, out_h);
             if (down == 0.0f) continue;
             const size_t p = static_cast<size_t>(y) * out_w + x;
-            const float g = gate != nullptr ? dy[p] * gate[p] : dy[p];
+            const float g = gate != nullptr ? load(dy + p) * load(gate + p) : load(dy + p);
             column += down * g;
         }
         sum += across * column;

@@ -134,6 +134,72 @@ __device__ __forceinline__ void depthwise_forward(const T* __restrict__ x,
           rectify ? relu(sum) : sum);
 }
 
+// ds = D^T du over the input's pixels.
+template <typename T>
+__device__ __forceinline__ void depthwise_backward_data(const T* __restrict__ du,
+                                                        const float* __restrict__ weights,
+                                                        T* __restrict__ ds, int dilation,
+                                                        int stride, int in_h, int in_w, int out_h,
+                                                        int out_w, int du_batch, int du_plane,
+                                                        int ds_batch, int ds_plane) {
+    const int chain = blockIdx.y, tiles_x = (in_w + 31) / 32;
+    const int ix = blockIdx.x % tiles_x * 32 + threadIdx.x;
+    const int iy = blockIdx.x / tiles_x * 8 + threadIdx.y;
+    if (ix >= in_w || iy >= in_h) return;
+    du += plane_at(blockIdx.z, du_batch, chain, du_plane);
+    float sum = 0.0f;
+#pragma unroll
+    for (int t = 0; t < 9; ++t) {
+        const int y = iy - (t / 3 - 1) * dilation, x = ix - (t % 3 - 1) * dilation;
+        if (y < 0 || x < 0 || y % stride != 0 || x % stride != 0) continue;
+        const int oy = y / stride, ox = x / stride;
+        if (oy >= out_h || ox >= out_w) continue;
+        sum += weights[9 * chain + t] * load(du + static_cast<size_t>(oy) * out_w + ox);
+    }
+    store(ds + plane_at(blockIdx.z, ds_batch, chain, ds_plane) + static_cast<size_t>(iy) * in_w +
+              ix,
+          sum);
+}
+
+// partial is (N * pieces) x chains x 9: sums of du[p] s[p * stride + (t - 1) * dilation] over 4096
+// output pixels, s = x + before.
+template <typename T>
+__device__ __forceinline__ void depthwise_backward_weight(
+    const T* __restrict__ x, const T* __restrict__ before, const T* __restrict__ du,
+    float* __restrict__ partial, int dilation, int stride, int in_h, int in_w, int out_h, int out_w,
+    int x_batch, int x_plane, int b_batch, int b_plane, int du_batch, int du_plane) {
+    __shared__ float shared[9 * 32];
+    const int chain = blockIdx.y;
+    x += plane_at(blockIdx.z, x_batch, chain, x_plane);
+    du += plane_at(blockIdx.z, du_batch, chain, du_plane);
+    if (before != nullptr) before += plane_at(blockIdx.z, b_batch, chain, b_plane);
+    const int pixels = out_h * out_w, first = blockIdx.x * REDUCTION_PIXELS + threadIdx.x;
+    float sums[9] = {};
+    for (int k = 0; k < REDUCTION_PER_THREAD; ++k) {
+        const int p = first + k * REDUCTION_THREADS;
+        if (p >= pixels) break;
+        const float g = load(du + p);
+        const int oy = p / out_w, ox = p - oy * out_w;
+#pragma unroll
+        for (int t = 0; t < 9; ++t) {
+            const int iy = oy * stride + (t / 3 - 1) * dilation;
+            const int ix = ox * stride + (t % 3 - 1) * dilation;
+            if (iy < 0 || iy >= in_h || ix < 0 || ix >= in_w) continue;
+            const size_t at = static_cast<size_t>(iy) * in_w + ix;
+            float v = load(x + at);
+            if (before != nullptr) v += load(before + at);
+            sums[t] += g * v;
+        }
+    }
+    block_sum(sums, shared);
+    if (threadIdx.x == 0) {
+        const size_t part = static_cast<size_t>(blockIdx.z) * gridDim.x + blockIdx.x;
+        float* out = partial + (part * gridDim.y + chain) * 9;
+#pragma unroll
+        for (int t = 0; t < 9; ++t) out[t] = sums[t];
+    }
+}
+
 }  // namespace
 
 // w0 .. w3, b0 .. b3: offsets of the branches' weights and biases in params.
@@ -177,63 +243,36 @@ extern "C" __global__ void __launch_bounds__(256)
                       out_w, x_batch, x_plane, b_batch, b_plane, u_batch, u_plane);
 }
 
-// ds = D^T du over the input's pixels.
 extern "C" __global__ void __launch_bounds__(256)
-    depthwise_backward_data_f32(const float* __restrict__ du, const float* __restrict__ weights,
-                                float* __restrict__ ds, int dilation, int stride, int in_h,
-                                int in_w, int out_h, int out_w, int du_batch, int du_plane,
-                                int ds_batch, int ds_plane) {
-    const int chain = blockIdx.y, tiles_x = (in_w + 31) / 32;
-    const int ix = blockIdx.x % tiles_x * 32 + threadIdx.x;
-    const int iy = blockIdx.x / tiles_x * 8 + threadIdx.y;
-    if (ix >= in_w || iy >= in_h) return;
-    du += plane_at(blockIdx.z, du_batch, chain, du_plane);
-    float sum = 0.0f;
-#pragma unroll
-    for (int t = 0; t < 9; ++t) {
-        const int y = iy - (t / 3 - 1) * dilation, x = ix - (t % 3 - 1) * dilation;
-        if (y < 0 || x < 0 || y % stride != 0 || x % stride != 0) continue;
-        const int oy = y / stride, ox = x / stride;
-        if (oy >= out_h || ox >= out_w) continue;
-        sum += weights[9 * chain + t] * du[static_cast<size_t>(oy) * out_w + ox];
-    }
-    ds[plane_at(blockIdx.z, ds_batch, chain, ds_plane) + static_cast<size_t>(iy) * in_w + ix] = sum;
+    depthwise_backward_data_f32(const float* du, const float* weights, float* ds, int dilation,
+                                int stride, int in_h, int in_w, int out_h, int out_w, int du_batch,
+                                int du_plane, int ds_batch, int ds_plane) {
+    depthwise_backward_data(du, weights, ds, dilation, stride, in_h, in_w, out_h, out_w, du_batch,
+                            du_plane, ds_batch, ds_plane);
 }
 
-// partial is (N * pieces) x chains x 9: sums of du[p] s[p * stride + (t - 1) * dilation] over 4096
-// output pixels, s = x + before.
 extern "C" __global__ void __launch_bounds__(256)
-    depthwise_backward_weight_f32(const float* __restrict__ x, const float* __restrict__ before,
-                                  const float* __restrict__ du, float* __restrict__ partial,
+    depthwise_backward_data_f16(const __half* du, const float* weights, __half* ds, int dilation,
+                                int stride, int in_h, int in_w, int out_h, int out_w, int du_batch,
+                                int du_plane, int ds_batch, int ds_plane) {
+    depthwise_backward_data(du, weights, ds, dilation, stride, in_h, in_w, out_h, out_w, du_batch,
+                            du_plane, ds_batch, ds_plane);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    depthwise_backward_weight_f32(const float* x, const float* before, const float* du, float* partial,
                                   int dilation, int stride, int in_h, int in_w, int out_h,
                                   int out_w, int x_batch, int x_plane, int b_batch, int b_plane,
                                   int du_batch, int du_plane) {
-    __shared__ float shared[9 * 32];
-    const int chain = blockIdx.y;
-    x += plane_at(blockIdx.z, x_batch, chain, x_plane);
-    du += plane_at(blockIdx.z, du_batch, chain, du_plane);
-    if (before != nullptr) before += plane_at(blockIdx.z, b_batch, chain, b_plane);
-    const int pixels = out_h * out_w, first = blockIdx.x * REDUCTION_PIXELS + threadIdx.x;
-    float sums[9] = {};
-    for (int k = 0; k < REDUCTION_PER_THREAD; ++k) {
-        const int p = first + k * REDUCTION_THREADS;
-        if (p >= pixels) break;
-        const float g = du[p];
-        const int oy = p / out_w, ox = p - oy * out_w;
-#pragma unroll
-        for (int t = 0; t < 9; ++t) {
-            const int iy = oy * stride + (t / 3 - 1) * dilation;
-            const int ix = ox * stride + (t % 3 - 1) * dilation;
-            if (iy < 0 || iy >= in_h || ix < 0 || ix >= in_w) continue;
-            const size_t at = static_cast<size_t>(iy) * in_w + ix;
-            sums[t] += g * (before != nullptr ? x[at] + before[at] : x[at]);
-        }
-    }
-    block_sum(sums, shared);
-    if (threadIdx.x == 0) {
-        const size_t part = static_cast<size_t>(blockIdx.z) * gridDim.x + blockIdx.x;
-        float* out = partial + (part * gridDim.y + chain) * 9;
-#pragma unroll
-        for (int t = 0; t < 9; ++t) out[t] = sums[t];
-    }
+    depthwise_backward_weight(x, before, du, partial, dilation, stride, in_h, in_w, out_h, out_w,
+                              x_batch, x_plane, b_batch, b_plane, du_batch, du_plane);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    depthwise_backward_weight_f16(const __half* x, const __half* before, const __half* du, float* partial,
+                                  int dilation, int stride, int in_h, int in_w, int out_h,
+                                  int out_w, int x_batch, int x_plane, int b_batch, int b_plane,
+                                  int du_batch, int du_plane) {
+    depthwise_backward_weight(x, before, du, partial, dilation, stride, in_h, in_w, out_h, out_w,
+                              x_batch, x_plane, b_batch, b_plane, du_batch, du_plane);
 }

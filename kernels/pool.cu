@@ -35,6 +35,28 @@ __device__ __forceinline__ void channel_mean_forward(const T* __restrict__ x, T*
     store(y + plane_at(blockIdx.z, y_batch, 0, 0) + i, sum / channels);
 }
 
+template <typename T>
+__device__ __forceinline__ void global_pool_backward(const T* __restrict__ dy, T* dx,
+                                                     int accumulate, int pixels, int dy_batch,
+                                                     int dy_plane, int dx_batch, int dx_plane) {
+    const float g = load(dy + plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane)) / pixels;
+    dx += plane_at(blockIdx.z, dx_batch, blockIdx.y, dx_plane);
+    FOR_PIXELS(i, pixels) store(dx + i, accumulate ? load(dx + i) + g : g);
+}
+
+template <typename T>
+__device__ __forceinline__ void channel_mean_backward(const T* __restrict__ dy, T* dx,
+                                                      int accumulate, int channels, int pixels,
+                                                      int dy_batch, int dx_batch, int dx_plane) {
+    const float share = 1.0f / channels;
+    dy += plane_at(blockIdx.z, dy_batch, 0, 0);
+    dx += plane_at(blockIdx.z, dx_batch, blockIdx.y, dx_plane);
+    FOR_PIXELS(i, pixels) {
+        const float g = load(dy + i) * share;
+        store(dx + i, accumulate ? load(dx + i) + g : g);
+    }
+}
+
 }  // namespace
 
 extern "C" __global__ void global_pool_forward_f32(const float* x, float* y, int pixels,
@@ -49,12 +71,16 @@ extern "C" __global__ void global_pool_forward_f16(const __half* x, __half* y, i
     global_pool_forward(x, y, pixels, x_batch, x_plane, y_batch, y_plane);
 }
 
-extern "C" __global__ void global_pool_backward_f32(const float* __restrict__ dy, float* dx,
-                                                    int accumulate, int pixels, int dy_batch,
-                                                    int dy_plane, int dx_batch, int dx_plane) {
-    const float g = dy[plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane)] / pixels;
-    dx += plane_at(blockIdx.z, dx_batch, blockIdx.y, dx_plane);
-    FOR_PIXELS(i, pixels) dx[i] = accumulate ? dx[i] + g : g;
+extern "C" __global__ void global_pool_backward_f32(const float* dy, float* dx, int accumulate,
+                                                    int pixels, int dy_batch, int dy_plane,
+                                                    int dx_batch, int dx_plane) {
+    global_pool_backward(dy, dx, accumulate, pixels, dy_batch, dy_plane, dx_batch, dx_plane);
+}
+
+extern "C" __global__ void global_pool_backward_f16(const __half* dy, __half* dx, int accumulate,
+                                                    int pixels, int dy_batch, int dy_plane,
+                                                    int dx_batch, int dx_plane) {
+    global_pool_backward(dy, dx, accumulate, pixels, dy_batch, dy_plane, dx_batch, dx_plane);
 }
 
 extern "C" __global__ void channel_mean_forward_f32(const float* x, float* y, int channels,
@@ -69,14 +95,14 @@ extern "C" __global__ void channel_mean_forward_f16(const __half* x, __half* y, 
     channel_mean_forward(x, y, channels, pixels, x_batch, x_plane, y_batch);
 }
 
-extern "C" __global__ void channel_mean_backward_f32(const float* __restrict__ dy, float* dx,
-                                                     int accumulate, int channels, int pixels,
-                                                     int dy_batch, int dx_batch, int dx_plane) {
-    const float share = 1.0f / channels;
-    dy += plane_at(blockIdx.z, dy_batch, 0, 0);
-    dx += plane_at(blockIdx.z, dx_batch, blockIdx.y, dx_plane);
-    FOR_PIXELS(i, pixels) {
-        const float g = dy[i] * share;
-        dx[i] = accumulate ? dx[i] + g : g;
-    }
+extern "C" __global__ void channel_mean_backward_f32(const float* dy, float* dx, int accumulate,
+                                                     int channels, int pixels, int dy_batch,
+                                                     int dx_batch, int dx_plane) {
+    channel_mean_backward(dy, dx, accumulate, channels, pixels, dy_batch, dx_batch, dx_plane);
+}
+
+extern "C" __global__ void channel_mean_backward_f16(const __half* dy, __half* dx, int accumulate,
+                                                     int channels, int pixels, int dy_batch,
+                                                     int dx_batch, int dx_plane) {
+    channel_mean_backward(dy, dx, accumulate, channels, pixels, dy_batch, dx_batch, dx_plane);
 }

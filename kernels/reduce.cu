@@ -5,9 +5,12 @@
 // sum_partials: out[i] = sum over parts of partial[part][i], in double. A thread per i.
 #include "common.cuh"
 
+namespace {
+
 // partial is (N * pieces) x C.
-extern "C" __global__ void channel_sum_f32(const float* __restrict__ x, float* __restrict__ partial,
-                                           int pixels, int x_batch, int x_plane) {
+template <typename T>
+__device__ __forceinline__ void channel_sum(const T* __restrict__ x, float* __restrict__ partial,
+                                            int pixels, int x_batch, int x_plane) {
     __shared__ float shared[32];
     x += plane_at(blockIdx.z, x_batch, blockIdx.y, x_plane);
     const int first = blockIdx.x * REDUCTION_PIXELS + threadIdx.x;
@@ -15,13 +18,25 @@ extern "C" __global__ void channel_sum_f32(const float* __restrict__ x, float* _
 #pragma unroll
     for (int k = 0; k < REDUCTION_PER_THREAD; ++k) {
         const int i = first + k * REDUCTION_THREADS;
-        if (i < pixels) sum[0] += x[i];
+        if (i < pixels) sum[0] += load(x + i);
     }
     block_sum(sum, shared);
     if (threadIdx.x == 0) {
         const size_t part = static_cast<size_t>(blockIdx.z) * gridDim.x + blockIdx.x;
         partial[part * gridDim.y + blockIdx.y] = sum[0];
     }
+}
+
+}  // namespace
+
+extern "C" __global__ void channel_sum_f32(const float* x, float* partial, int pixels, int x_batch,
+                                           int x_plane) {
+    channel_sum(x, partial, pixels, x_batch, x_plane);
+}
+
+extern "C" __global__ void channel_sum_f16(const __half* x, float* partial, int pixels, int x_batch,
+                                           int x_plane) {
+    channel_sum(x, partial, pixels, x_batch, x_plane);
 }
 
 extern "C" __global__ void sum_partials_f32(const float* __restrict__ partial,

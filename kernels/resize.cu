@@ -31,6 +31,24 @@ __device__ __forceinline__ void resize_forward(const T* __restrict__ x, T* __res
     }
 }
 
+// in_h, in_w: size of dx; out_h, out_w: size of dy. grid.y is the channel.
+template <typename T>
+__device__ __forceinline__ void resize_backward(const T* __restrict__ dy, T* dx, int accumulate,
+                                                int in_h, int in_w, int out_h, int out_w,
+                                                int dy_batch, int dy_plane, int dx_batch,
+                                                int dx_plane) {
+    const int tiles_x = (in_w + 31) / 32;
+    const int qx = blockIdx.x % tiles_x * 32 + threadIdx.x;
+    const int qy = blockIdx.x / tiles_x * 8 + threadIdx.y;
+    if (qx >= in_w || qy >= in_h) return;
+    dy += plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane);
+    T* target = dx + plane_at(blockIdx.z, dx_batch, blockIdx.y, dx_plane) +
+                static_cast<size_t>(qy) * in_w + qx;
+    const T* no_gate = nullptr;
+    const float g = sample_transposed(dy, no_gate, qy, qx, in_h, in_w, out_h, out_w);
+    store(target, accumulate ? load(target) + g : g);
+}
+
 template <typename T>
 __device__ __forceinline__ void resize_argmax(const T* __restrict__ scores,
                                               unsigned char* __restrict__ labels, int classes,
@@ -70,20 +88,18 @@ extern "C" __global__ void __launch_bounds__(256)
     resize_forward(x, y, channels, in_h, in_w, out_h, out_w, x_batch, x_plane, y_batch, y_plane);
 }
 
-// in_h, in_w: size of dx; out_h, out_w: size of dy. grid.y is the channel.
 extern "C" __global__ void __launch_bounds__(256)
-    resize_backward_f32(const float* __restrict__ dy, float* dx, int accumulate, int in_h, int in_w,
-                        int out_h, int out_w, int dy_batch, int dy_plane, int dx_batch,
-                        int dx_plane) {
-    const int tiles_x = (in_w + 31) / 32;
-    const int qx = blockIdx.x % tiles_x * 32 + threadIdx.x;
-    const int qy = blockIdx.x / tiles_x * 8 + threadIdx.y;
-    if (qx >= in_w || qy >= in_h) return;
-    dy += plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane);
-    float* target = dx + plane_at(blockIdx.z, dx_batch, blockIdx.y, dx_plane) +
-                    static_cast<size_t>(qy) * in_w + qx;
-    const float g = sample_transposed(dy, nullptr, qy, qx, in_h, in_w, out_h, out_w);
-    *target = accumulate ? *target + g : g;
+    resize_backward_f32(const float* dy, float* dx, int accumulate, int in_h, int in_w, int out_h,
+                        int out_w, int dy_batch, int dy_plane, int dx_batch, int dx_plane) {
+    resize_backward(dy, dx, accumulate, in_h, in_w, out_h, out_w, dy_batch, dy_plane, dx_batch,
+                    dx_plane);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    resize_backward_f16(const __half* dy, __half* dx, int accumulate, int in_h, int in_w, int out_h,
+                        int out_w, int dy_batch, int dy_plane, int dx_batch, int dx_plane) {
+    resize_backward(dy, dx, accumulate, in_h, in_w, out_h, out_w, dy_batch, dy_plane, dx_batch,
+                    dx_plane);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

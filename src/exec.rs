@@ -1,6 +1,6 @@
 //! Executors: [`Inference`] and [`Training`] tie a graph, a plan and a backend together.
 
-use crate::backend::{AdamStep, Backend, State};
+use crate::backend::{AdamStep, Backend, Counters, Images, Output, Rgb, State};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::passes::{self, Rewrites};
@@ -11,6 +11,11 @@ use crate::model::Model;
 pub struct Inference {
     plan: Plan,
     backend: Box<dyn Backend>,
+    mean: [f32; 3],
+    std: [f32; 3],
+    /// Batches launched and collected so far; a batch's lane is its number modulo the lanes.
+    launched: usize,
+    collected: usize,
 }
 
 impl Inference {
@@ -37,7 +42,8 @@ impl Inference {
         let plan = Plan::new(&graph, (n, h, w), mode, backend.layout())?;
         backend.prepare(&plan)?;
         backend.write_state(State::Params, &params.values)?;
-        Ok(Inference { plan, backend })
+        let (mean, std) = (model.mean, model.std);
+        Ok(Inference { plan, backend, mean, std, launched: 0, collected: 0 })
     }
 
     /// Runs the network on a normalised image batch, dense NCHW.
@@ -45,9 +51,90 @@ impl Inference {
     /// # Errors
     /// [`Error::Shape`] for an input of another length, or what the device says.
     pub fn run(&mut self, input: &[f32]) -> Result<()> {
-        self.backend.write(&self.plan.input, input)?;
+        self.run_images(&Images::Normalised(input))
+    }
+
+    /// Runs the network on 8-bit RGB, N x H x W x 3, normalised by the model's mean and deviation on
+    /// its way into the stem.
+    ///
+    /// # Errors
+    /// As [`Inference::run`].
+    pub fn run_rgb(&mut self, pixels: &[u8]) -> Result<()> {
+        self.run_images(&Images::Rgb(Rgb { pixels, mean: self.mean, std: self.std }))
+    }
+
+    fn run_images(&mut self, images: &Images) -> Result<()> {
+        if self.in_flight() > 0 {
+            return Err(Error::Usage("inference: collect what was launched before a run".into()));
+        }
+        self.backend.write_images(&self.plan, images)?;
         self.backend.forward(&self.plan)?;
         self.backend.synchronize()
+    }
+
+    /// Starts the network on 8-bit RGB as [`Inference::run_rgb`] takes it, and returns while a GPU
+    /// still works: the next batch can be launched meanwhile, up to [`Inference::has_room`]. Results
+    /// are collected in the order of the launches.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] without room, [`Error::Shape`] for another number of bytes, or what the device
+    /// says.
+    pub fn launch_rgb(&mut self, pixels: &[u8]) -> Result<()> {
+        if !self.has_room() {
+            let lanes = self.backend.lanes();
+            return Err(Error::Usage(format!(
+                "inference: expected at most {lanes} batches under way, found another; collect first"
+            )));
+        }
+        let lane = self.launched % self.backend.lanes();
+        let images = Images::Rgb(Rgb { pixels, mean: self.mean, std: self.std });
+        self.backend.launch(&self.plan, lane, &images)?;
+        self.launched += 1;
+        Ok(())
+    }
+
+    /// Batches launched and not yet collected.
+    pub fn in_flight(&self) -> usize {
+        self.launched - self.collected
+    }
+
+    /// Whether another batch can be launched before one is collected.
+    pub fn has_room(&self) -> bool {
+        self.in_flight() < self.backend.lanes()
+    }
+
+    /// Waits for the oldest launch; class per pixel as [`Inference::labels`].
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where nothing was launched or the plan is not for labels, [`Error::Shape`]
+    /// for an output of another length, or what the device says.
+    pub fn collect_labels(&mut self, out: &mut [u8]) -> Result<()> {
+        self.collect(Output::Labels(out))
+    }
+
+    /// Waits for the oldest launch; logits as [`Inference::logits`].
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where nothing was launched or the plan is for labels, or what the device says.
+    pub fn collect_logits(&mut self) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; self.plan.logits.shape.len()];
+        self.collect(Output::Logits(&mut out))?;
+        Ok(out)
+    }
+
+    fn collect(&mut self, output: Output) -> Result<()> {
+        if self.in_flight() == 0 {
+            return Err(Error::Usage("inference: expected a launch to collect, found none".into()));
+        }
+        if matches!(output, Output::Labels(_)) != (self.plan.mode == Mode::Labels) {
+            return Err(Error::Usage(
+                "inference: a plan for labels gives labels, any other logits".into(),
+            ));
+        }
+        let lane = self.collected % self.backend.lanes();
+        // Also after an error: it belongs to this batch.
+        self.collected += 1;
+        self.backend.collect(&self.plan, lane, output)
     }
 
     /// Logits at the input's resolution, N x C x H x W; not with [`Mode::Labels`].
@@ -144,14 +231,30 @@ impl Training {
         self.backend.loss()
     }
 
-    /// [`Training::gradients`], then one Adam update.
+    /// [`Training::gradients`], then one Adam update. On a device that works beside the host nothing
+    /// is waited for: [`Training::counters`] tells of the loss when it is wanted.
     ///
     /// # Errors
     /// As [`Training::gradients`].
-    pub fn step(&mut self, input: &[f32], labels: &[u8], adam: AdamStep) -> Result<f32> {
+    pub fn step(&mut self, input: &[f32], labels: &[u8], adam: AdamStep) -> Result<()> {
         self.launch(input, labels)?;
-        self.update(adam)?;
-        self.backend.loss()
+        self.update(adam)
+    }
+
+    /// Losses and loss scaling so far; waits for the device.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn counters(&mut self) -> Result<Counters> {
+        self.backend.counters()
+    }
+
+    /// Sets where losses and loss scaling stand.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn set_counters(&mut self, counters: Counters) -> Result<()> {
+        self.backend.write_counters(counters)
     }
 
     fn launch(&mut self, input: &[f32], labels: &[u8]) -> Result<()> {

@@ -69,7 +69,7 @@ pub fn fresh_seed() -> u64 {
 }
 
 /// Compares a device with the CPU. `open` gives a fresh backend for `precision`, as often as
-/// asked. Training runs in f32 only.
+/// asked.
 ///
 /// # Errors
 /// [`Error::Usage`] where `open` gives the CPU itself, or what the device says. A miss is no
@@ -100,9 +100,7 @@ fn compare(
         let mut rng = ChaCha8Rng::seed_from_u64(seed.wrapping_add(i as u64));
         test.inference(case, &mut rng)?;
         test.labels(case, &mut rng)?;
-        if precision == Precision::F32 {
-            test.training(case, &mut rng)?;
-        }
+        test.training(case, &mut rng)?;
     }
     Ok(Report { device, seed, rows: test.rows })
 }
@@ -328,7 +326,7 @@ impl Test<'_> {
         let graph = passes::for_training(&Graph::fpenet(&case.config)?);
         let params = random_params(&graph.params, rng);
         let (mut cpu, mut gpu) = self.sides(&graph, &params, case, Mode::Training)?;
-        let input = normal(rng, case.n * 3 * case.h * case.w);
+        let input = self.rounded(normal(rng, case.n * 3 * case.h * case.w));
         cpu.backend.write(&cpu.plan.input, &input)?;
         self.steps(&mut cpu, &mut gpu, case, "training forward")?;
 

@@ -5,6 +5,10 @@
 
 #[path = "emulated/harness.rs"]
 mod harness;
+#[path = "emulated/images.rs"]
+mod images;
+#[path = "emulated/loss_scaling.rs"]
+mod loss_scaling;
 #[path = "emulated/products.rs"]
 mod products;
 #[path = "emulated/tensor_cores.rs"]
@@ -14,14 +18,14 @@ use std::path::{Path, PathBuf};
 
 use fpenet::backend::cpu::CpuBackend;
 use fpenet::backend::gpu::emulated::{Emulated, Order};
-use fpenet::backend::gpu::{Arg, GpuDevice, Launch};
+use fpenet::backend::gpu::{Arg, GpuDevice, Launch, Variants};
 use fpenet::backend::{Backend, Precision};
 use fpenet::graph::{Mode, ParamRole, Plan, Shape, Tensor};
 use fpenet::ops::{
     Act, Activation, BatchNorm, BnParams, Cascade, Conv1x1, Conv3x3, MeuFuse, Norm, Op,
 };
 use fpenet::reference;
-use harness::{Case, Params, Random, SHARED, check, check_half, emulated};
+use harness::{Case, Params, Random, SHARED, check, check_half, emulated, half_error};
 
 const WEIGHT: ParamRole = ParamRole::Weight { fan_out: 1 };
 
@@ -42,15 +46,19 @@ fn elementwise_operators_agree_with_the_cpu() {
                 || Case::training(Op::Activation(Activation { act }), &[x], Params::default());
             check(&case(), SHARED);
             check(&Case { accumulate: true, ..case() }, SHARED);
+            check_half(&case(), SHARED);
+            check_half(&Case { accumulate: true, ..case() }, SHARED);
             check_half(&Case { training: false, in_place: true, ..case() }, SHARED);
         }
         let add = || Case::training(Op::Add, &[x, x], Params::default());
         check(&add(), SHARED);
         check(&Case { accumulate: true, ..add() }, SHARED);
+        check_half(&Case { accumulate: true, ..add() }, SHARED);
         check_half(&Case { training: false, ..add() }, SHARED);
         let concat = || Case::training(Op::Concat, &[x, shape(size, 5)], Params::default());
         check(&concat(), SHARED);
         check(&Case { accumulate: true, ..concat() }, SHARED);
+        check_half(&Case { accumulate: true, ..concat() }, SHARED);
         check_half(&Case { training: false, ..concat() }, SHARED);
     }
 }
@@ -62,6 +70,8 @@ fn pooling_agrees_with_the_cpu() {
             let case = || Case::training(op.clone(), &[shape(size, 5)], Params::default());
             check(&case(), SHARED);
             check(&Case { accumulate: true, ..case() }, SHARED);
+            check_half(&case(), SHARED);
+            check_half(&Case { accumulate: true, ..case() }, SHARED);
             check_half(&Case { training: false, ..case() }, SHARED);
         }
     }
@@ -82,7 +92,9 @@ fn convolutions_1x1_agree_with_the_cpu() {
             for accumulate in [false, true] {
                 let (op, params) = conv(Act::None);
                 let case = Case::training(op, &[shape(size, inp)], params);
-                check(&Case { accumulate, ..case }, SHARED);
+                let case = Case { accumulate, ..case };
+                check(&case, SHARED);
+                check_half(&case, SHARED);
             }
             for act in [Act::None, Act::Relu, Act::Sigmoid] {
                 for residual in [false, true] {
@@ -118,7 +130,9 @@ fn convolutions_3x3_agree_with_the_cpu() {
                 check_half(&case, SHARED);
             }
             let (op, params) = conv(Act::None, true);
-            check(&Case::training(op, &inputs, params), SHARED);
+            let case = Case::training(op, &inputs, params);
+            check(&case, SHARED);
+            check_half(&case, SHARED);
         }
     }
 }
@@ -143,8 +157,9 @@ fn batch_norm_agrees_with_the_cpu() {
                 let bn = bn_params(&mut params, channels);
                 let op = Op::BatchNorm(BatchNorm { channels, params: bn, act });
                 let inputs = vec![shape(size, channels); 1 + usize::from(residual)];
-                let case = Case::training(op, &inputs, params);
-                check(&Case { accumulate, ..case }, SHARED);
+                let case = Case { accumulate, ..Case::training(op, &inputs, params) };
+                check(&case, SHARED);
+                check_half(&case, SHARED);
             }
         }
     }
@@ -209,15 +224,23 @@ fn training_cascades_agree_with_the_cpu() {
     // its scale, and its gradient is nothing but rounding.
     const SIZES: [((usize, usize, usize), bool); 3] =
         [((3, 17, 18), false), ((1, 9, 37), false), ((2, 10, 20), true)];
+    let mut half = Vec::new();
     for dilations in DILATIONS {
         for (stride, addition) in [(1, true), (1, false), (2, false)] {
             for (size, accumulate) in SIZES {
                 let (op, params) = cascade(dilations, stride, addition, false);
                 let case = Case::training(op, &[shape(size, 2 * dilations.len())], params);
-                check(&Case { accumulate, ..case }, SHARED);
+                let case = Case { accumulate, ..case };
+                check(&case, SHARED);
+                half.push(half_error(&case, SHARED, Variants::default()));
             }
         }
     }
+    // In half precision a ReLU may open or close that the CPU has the other way, and up to three
+    // branches behind it are of a few hundred values: the gradient of nine weights then jumps.
+    half.sort_by(|a, b| a.0.total_cmp(&b.0));
+    assert!(half[half.len() * 3 / 4].0 <= 1e-2, "{half:?}");
+    assert!(half.last().unwrap().0 <= 1e-1, "{half:?}");
 }
 
 /// Sizes before and after an interpolation: upwards by two and by odd factors, downwards, from and
@@ -233,6 +256,8 @@ fn resizes_agree_with_the_cpu() {
             let case = || Case::training(Op::Resize, &inputs, Params::default());
             check(&case(), SHARED);
             check(&Case { accumulate: true, ..case() }, SHARED);
+            check_half(&case(), SHARED);
+            check_half(&Case { accumulate: true, ..case() }, SHARED);
             check_half(&Case { training: false, ..case() }, SHARED);
         }
     }
@@ -253,6 +278,8 @@ fn fusions_agree_with_the_cpu() {
             let case = || Case::training(op.clone(), &inputs, Params::default());
             check(&case(), SHARED);
             check(&Case { accumulate: true, ..case() }, SHARED);
+            check_half(&case(), SHARED);
+            check_half(&Case { accumulate: true, ..case() }, SHARED);
             check_half(&Case { training: false, ..case() }, SHARED);
         }
     }

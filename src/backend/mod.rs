@@ -2,8 +2,13 @@
 
 pub mod cpu;
 pub mod gpu;
+mod images;
+
+pub use images::{Images, Output, Rgb};
 
 pub use crate::device::{DeviceChoice, DeviceReport, Precision, list, open};
+
+use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::graph::passes::Rewrites;
@@ -32,6 +37,37 @@ impl AdamStep {
     pub fn paper(lr: f32, step: u64) -> Self {
         AdamStep { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 1e-4, step }
     }
+}
+
+/// Loss scaling (Micikevicius et al. 2018, section 3.2) of training in half precision: gradients are
+/// stored as those of scale * loss, since small ones would vanish. The device halves the scale and
+/// leaves the update out where a gradient is not finite, and doubles it after 2000 good updates.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LossScaling {
+    /// Factor, a power of two; in f32 it stays as it is and nothing is multiplied by it.
+    pub scale: f32,
+    /// Updates since the scale changed.
+    pub good_steps: u32,
+    /// Updates left out so far; Adam's step number does not count them.
+    pub skipped: u32,
+}
+
+impl Default for LossScaling {
+    fn default() -> Self {
+        LossScaling { scale: 65536.0, good_steps: 0, skipped: 0 }
+    }
+}
+
+/// What a device counts while it trains, so that the host need not wait for every step.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Counters {
+    /// Loss of the last backward pass.
+    pub loss: f32,
+    /// Sum of the losses of all backward passes since the counters were written, in their order.
+    pub loss_sum: f64,
+    /// State of the loss scaling.
+    pub scaling: LossScaling,
 }
 
 /// The flat vectors that live on the device besides the arena.
@@ -75,6 +111,50 @@ pub trait Backend: Send {
     /// Copies a dense NCHW host array into a planned tensor.
     fn write(&mut self, tensor: &Tensor, data: &[f32]) -> Result<()>;
 
+    /// Puts a batch of images where the plan wants its input. A device whose stem reads 8-bit RGB
+    /// copies just that, the others get it normalised.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) for another number of values, or what the device says.
+    fn write_images(&mut self, plan: &Plan, images: &Images) -> Result<()> {
+        match images {
+            Images::Normalised(values) => self.write(&plan.input, values),
+            Images::Rgb(rgb) => {
+                rgb.check(plan.input.shape)?;
+                self.write(&plan.input, &rgb.normalise(plan.input.shape))
+            }
+        }
+    }
+
+    /// Batches that can be under way at once by [`Backend::launch`].
+    fn lanes(&self) -> usize {
+        1
+    }
+
+    /// Starts the forward pass of a plan for labels or logits. Where the device has several lanes its
+    /// copies and its work on neighbouring batches overlap, and nothing is waited for. `lane` is one
+    /// whose last result has been collected.
+    ///
+    /// # Errors
+    /// As [`Backend::write_images`] and [`Backend::forward`].
+    fn launch(&mut self, plan: &Plan, lane: usize, images: &Images) -> Result<()> {
+        let _ = lane;
+        self.write_images(plan, images)?;
+        self.forward(plan)
+    }
+
+    /// Waits for what was launched in a lane and takes its result.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape) for an output of another length, or what the device says.
+    fn collect(&mut self, plan: &Plan, lane: usize, output: Output) -> Result<()> {
+        let _ = lane;
+        match output {
+            Output::Labels(labels) => self.read_labels(plan, labels),
+            Output::Logits(logits) => self.read(&plan.logits, logits),
+        }
+    }
+
     /// Copies a planned tensor out as dense NCHW.
     fn read(&mut self, tensor: &Tensor, out: &mut [f32]) -> Result<()>;
 
@@ -103,9 +183,23 @@ pub trait Backend: Send {
     fn backward(&mut self, plan: &Plan) -> Result<()>;
 
     /// Mean cross-entropy of the last [`Backend::backward`]; waits for the device.
-    fn loss(&mut self) -> Result<f32>;
+    fn loss(&mut self) -> Result<f32> {
+        Ok(self.counters()?.loss)
+    }
 
-    /// Updates parameters and moments from the gradients.
+    /// Where the run stands; waits for the device.
+    fn counters(&mut self) -> Result<Counters>;
+
+    /// Sets the counters, which [`Backend::prepare`] puts to their default.
+    fn write_counters(&mut self, counters: Counters) -> Result<()>;
+
+    /// Training steps between two looks at the counters. 1 where a look costs nothing; a device that
+    /// works while the host goes on wants more, so that its queue never runs empty.
+    fn loss_interval(&self) -> usize {
+        1
+    }
+
+    /// Updates parameters and moments from the gradients, unless [`LossScaling`] leaves it out.
     fn adam(&mut self, plan: &Plan, step: AdamStep) -> Result<()>;
 
     /// Waits until the device has done everything asked so far.

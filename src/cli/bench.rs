@@ -160,7 +160,8 @@ fn train(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
         job.iterations,
         || {
             step += 1;
-            let loss = training.step(&input, &labels, AdamStep::paper(5e-4, step))?;
+            training.step(&input, &labels, AdamStep::paper(5e-4, step))?;
+            let loss = training.counters()?.loss;
             if loss.is_finite() {
                 return Ok(());
             }

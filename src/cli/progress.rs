@@ -144,18 +144,21 @@ impl Observer for Progress {
         let now = Instant::now();
         let elapsed = self.last_step.map_or(0.0, |t| (now - t).as_secs_f64());
         self.last_step = Some(now);
-        let loss = smooth(&mut self.loss, f64::from(report.loss));
+        if let Some(loss) = report.loss {
+            smooth(&mut self.loss, f64::from(loss));
+        }
         let step_seconds = smooth(&mut self.step_seconds, elapsed);
         if self.bar.is_none() && now - self.last_line < LINE_EVERY {
             return;
         }
         self.last_line = now;
         let text = format!(
-            "epoch {}/{} batch {}/{} loss {loss:.4} lr {:.3e} {:.2} images/s {} left",
+            "epoch {}/{} batch {}/{} loss {} lr {:.3e} {:.2} images/s {} left",
             report.epoch,
             self.epochs,
             report.batch,
             self.batches,
+            self.loss.map_or("?".into(), |loss| format!("{loss:.4}")),
             report.lr,
             self.batch_size as f64 / step_seconds.max(1e-9),
             self.left(report.step),

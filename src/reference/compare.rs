@@ -2,6 +2,10 @@
 
 use crate::backend::Precision;
 
+/// How much further off than the whole gradient one tensor's may be in half precision: the gradient of
+/// a few biases hangs on a few pixels.
+pub const TENSOR_OVER_WHOLE: f64 = 5.0;
+
 /// Below this norm a reference is compared absolutely: there is nothing to be relative to.
 const TINY_NORM: f64 = 1e-7;
 
@@ -99,6 +103,16 @@ impl Tolerances {
             }
         }
     }
+}
+
+/// Largest error of the whole gradient in half precision, for a network of so many FPE blocks.
+///
+/// 1e-2 up to four blocks. A gradient jumps where rounding opens or closes a ReLU, and the deeper the
+/// network, the more of them it does: with 13 blocks on planes of 30 pixels (tests/data/full_default)
+/// the engine is 2.0e-2 off, PyTorch 3.0e-2 when every module's output and its gradient are rounded
+/// to half precision. On the folders of 2 and 3 blocks both are between 2e-3 and 6e-3.
+pub fn half_gradient_tolerance(blocks: usize) -> f64 {
+    if blocks <= 4 { 1e-2 } else { 3e-2 }
 }
 
 #[cfg(test)]

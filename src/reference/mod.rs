@@ -99,12 +99,13 @@ pub fn check(
         dir,
         model: &model,
         input: &input,
+        precision,
         tolerances: Tolerances::of(precision),
         rows: Vec::new(),
         skipped: Vec::new(),
     };
     let mut device = None;
-    check.logits(open, precision, &mut device)?;
+    check.logits(open, &mut device)?;
     check.intermediates(open, &mut device)?;
     check.training(open, &mut device)?;
     let Some(device) = device.filter(|_| !check.rows.is_empty()) else {
@@ -140,6 +141,7 @@ struct Check<'a> {
     dir: &'a Path,
     model: &'a Model,
     input: &'a Input,
+    precision: Precision,
     tolerances: Tolerances,
     rows: Vec<Row>,
     skipped: Vec<String>,
@@ -165,12 +167,7 @@ impl Check<'_> {
         Ok(inference)
     }
 
-    fn logits(
-        &mut self,
-        open: Open,
-        precision: Precision,
-        device: &mut Option<String>,
-    ) -> Result<()> {
+    fn logits(&mut self, open: Open, device: &mut Option<String>) -> Result<()> {
         let Some(path) = self.find("logits.npy") else { return Ok(()) };
         let Input { n, h, w, .. } = *self.input;
         let classes = self.model.config.classes;
@@ -180,7 +177,7 @@ impl Check<'_> {
         let found = inference.logits()?;
         let comparison = Comparison::relative_l2(&found, &reference);
         self.row(Part::Logits, "logits", comparison, self.tolerances.inference);
-        if precision == Precision::F16 {
+        if self.precision == Precision::F16 {
             let comparison = compare::label_disagreement(&found, &reference, classes, h * w);
             self.row(Part::Labels, "labels that differ", comparison, self.tolerances.labels);
         }
@@ -283,13 +280,21 @@ impl Check<'_> {
     ) -> Result<()> {
         let bytes = tensors::read_bytes(path)?;
         let reference = TensorFile::parse(path, &bytes)?.params(&found.specs, selection)?;
+        let mut tolerance = self.tolerances.training;
+        if self.precision == Precision::F16 && part == Part::Gradient {
+            let config = &self.model.config;
+            let whole = compare::half_gradient_tolerance(config.p + config.q);
+            let comparison = Comparison::relative_l2(&found.values, &reference.values);
+            self.row(part, "gradient of all parameters", comparison, whole);
+            tolerance = compare::TENSOR_OVER_WHOLE * whole;
+        }
         for spec in found.specs.iter().filter(|spec| selection.holds(spec)) {
             let (a, b) = (&found.values[spec.range()], &reference.values[spec.range()]);
             let name = match part {
                 Part::AfterStep => format!("after step: {}", spec.name),
                 _ => format!("gradient: {}", spec.name),
             };
-            self.row(part, &name, Comparison::relative_l2(a, b), self.tolerances.training);
+            self.row(part, &name, Comparison::relative_l2(a, b), tolerance);
         }
         Ok(())
     }

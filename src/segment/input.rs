@@ -5,8 +5,9 @@ use fast_image_resize::pixels::U8x3;
 use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 
+use crate::backend::Rgb;
 use crate::error::{Error, Result};
-use crate::graph::{MAX_SIDE, MIN_SIDE};
+use crate::graph::{MAX_SIDE, MIN_SIDE, Shape};
 use crate::memory;
 
 /// An image above this many times the training area is scaled down to the training area: what
@@ -140,15 +141,8 @@ pub fn resize(photo: &RgbImage, width: usize, height: usize) -> Result<RgbImage>
 /// Writes a photo as one normalised image, 3 x H x W: (value / 255 - mean) / std per channel.
 /// Anything in `out` is replaced.
 pub fn normalise(photo: &RgbImage, mean: [f32; 3], std: [f32; 3], out: &mut Vec<f32>) {
-    let plane = photo.width() as usize * photo.height() as usize;
-    out.clear();
-    out.resize(3 * plane, 0.0);
-    for (c, values) in out.chunks_exact_mut(plane).enumerate() {
-        let (scale, shift) = (1.0 / (255.0 * std[c]), -mean[c] / std[c]);
-        for (value, pixel) in values.iter_mut().zip(photo.as_raw().chunks_exact(3)) {
-            *value = f32::from(pixel[c]).mul_add(scale, shift);
-        }
-    }
+    let shape = Shape::new(1, 3, photo.height() as usize, photo.width() as usize);
+    *out = Rgb { pixels: photo.as_raw(), mean, std }.normalise(shape);
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ pub mod text;
 
 use image::GrayImage;
 
+use std::collections::VecDeque;
+
 use crate::backend::Backend;
 use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
@@ -43,6 +45,8 @@ pub struct Segmenter<'a> {
     spare: Option<Box<dyn Backend>>,
     /// Most recently used last.
     kept: Vec<Kept>,
+    /// Sizes of the photos under way, all of them in the executor used last.
+    under_way: VecDeque<(u32, u32)>,
 }
 
 struct Kept {
@@ -60,7 +64,7 @@ impl<'a> Segmenter<'a> {
     /// device and precision that does not exist.
     pub fn new(model: &'a Model, settings: Settings) -> Result<Self> {
         let spare = Some(open(settings)?);
-        Ok(Segmenter { model, settings, spare, kept: Vec::new() })
+        Ok(Segmenter { model, settings, spare, kept: Vec::new(), under_way: VecDeque::new() })
     }
 
     /// The device: kind as on the command line, and in words.
@@ -86,9 +90,59 @@ impl<'a> Segmenter<'a> {
         self.executor(network.width, network.height, mode(network, photo)).map(drop)
     }
 
+    /// Whether [`Segmenter::submit`] can take a photo before another is collected.
+    pub fn has_room(&self, network: NetworkSize, photo: (u32, u32)) -> bool {
+        let mode = mode(network, photo);
+        let last = self.kept.last().filter(|k| k.fits(network.width, network.height, mode));
+        self.under_way.is_empty() || last.is_some_and(|k| k.inference.has_room())
+    }
+
+    /// Photos submitted and not yet collected.
+    pub fn under_way(&self) -> usize {
+        self.under_way.len()
+    }
+
+    /// Starts on a photo and returns while a GPU still works on it. `pixels` are 8-bit RGB at the
+    /// network's size; the labels will have the photo's size (`photo`, width and height): where that
+    /// differs from the network's, the logits are brought to it by bilinear resize before the largest
+    /// is taken.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] without room, [`Error::Shape`] for pixels that are not of the network's size;
+    /// whatever the device reports.
+    pub fn submit(&mut self, pixels: &[u8], network: NetworkSize, photo: (u32, u32)) -> Result<()> {
+        if !self.has_room(network, photo) {
+            return Err(Error::Usage("segment: collect a photo before the next".into()));
+        }
+        let inference = self.executor(network.width, network.height, mode(network, photo))?;
+        inference.launch_rgb(pixels)?;
+        self.under_way.push_back(photo);
+        Ok(())
+    }
+
+    /// Waits for the photo that was submitted first and gives its labels.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where there is none; whatever the device reports.
+    pub fn collect(&mut self) -> Result<GrayImage> {
+        let (Some((width, height)), Some(kept)) =
+            (self.under_way.pop_front(), self.kept.last_mut())
+        else {
+            return Err(Error::Usage("segment: expected a photo to collect, found none".into()));
+        };
+        let mut labels = GrayImage::new(width, height);
+        if kept.mode == Mode::Labels {
+            kept.inference.collect_labels(&mut labels)?;
+        } else {
+            let logits = kept.inference.collect_logits()?;
+            let shape = Shape::new(1, self.model.config.classes, kept.height, kept.width);
+            argmax_nchw(&logits, shape, height as usize, width as usize, &mut labels);
+        }
+        Ok(labels)
+    }
+
     /// Labels of one photo. `input` is the normalised photo, 3 x H x W at the network's size;
-    /// the labels have the photo's size (`width` x `height`): where that differs from the
-    /// network's, the logits are brought to it by bilinear resize before the largest is taken.
+    /// the labels have the photo's size (`width` x `height`), as with [`Segmenter::submit`].
     ///
     /// # Errors
     /// [`Error::Failed`] for an input that is not of the network's size; whatever the device reports.
@@ -136,8 +190,7 @@ impl<'a> Segmenter<'a> {
     }
 
     fn executor(&mut self, width: usize, height: usize, mode: Mode) -> Result<&mut Inference> {
-        let fits = |k: &Kept| (k.width, k.height, k.mode) == (width, height, mode);
-        let kept = match self.kept.iter().position(fits) {
+        let kept = match self.kept.iter().position(|k| k.fits(width, height, mode)) {
             Some(i) => self.kept.remove(i),
             None => {
                 // Drop the old one before the new one takes its memory.
@@ -154,6 +207,12 @@ impl<'a> Segmenter<'a> {
         };
         self.kept.push(kept);
         Ok(&mut self.kept.last_mut().expect("just pushed").inference)
+    }
+}
+
+impl Kept {
+    fn fits(&self, width: usize, height: usize, mode: Mode) -> bool {
+        (self.width, self.height, self.mode) == (width, height, mode)
     }
 }
 

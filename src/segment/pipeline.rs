@@ -1,8 +1,10 @@
 //! Many photos: decoding the next and writing the previous one go on while the network runs.
 //!
 //! Three threads in a row, joined by short queues: photos leave in the order they came, so the
-//! report is the same at every run.
+//! report is the same at every run. The middle one submits the next photo to a GPU before it collects
+//! the labels of the one before, so that copies and work of neighbouring photos overlap.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -32,9 +34,10 @@ pub struct Segmented {
     pub pixels: Vec<u64>,
     /// Classes present, largest first.
     pub shares: Vec<Share>,
-    /// Time to read, decode, resize and normalise.
+    /// Time to read, decode and resize.
     pub decode: Duration,
-    /// Time from the network's input to labels at the photo's size.
+    /// Time from the network's input to labels at the photo's size; on a GPU a part of the photo
+    /// before is in it.
     pub inference: Duration,
     /// Time to paint, encode and write the results.
     pub write: Duration,
@@ -44,7 +47,8 @@ pub struct Segmented {
 
 struct Prepared {
     photo: RgbImage,
-    input: Vec<f32>,
+    /// The photo at the network's size, where that is another.
+    resized: Option<RgbImage>,
     network: NetworkSize,
     decode: Duration,
 }
@@ -72,9 +76,8 @@ pub fn run(
     std::thread::scope(|scope| {
         scope.spawn(move || {
             for mut item in items {
-                let prepared = source(&mut item).and_then(|source| {
-                    prepare(&item.path, source, requested, model.train_size, model.mean, model.std)
-                });
+                let prepared = source(&mut item)
+                    .and_then(|source| prepare(&item.path, source, requested, model.train_size));
                 if to_network.send((item, prepared)).is_err() {
                     return;
                 }
@@ -88,7 +91,9 @@ pub fn run(
                 report(&item, done);
             }
         });
-        label_all(&from_decoder, segmenter, &to_writer);
+        let under_way = VecDeque::new();
+        // None where the writer is gone, whose panic the scope hands on.
+        let _ = Labelling { segmenter, results: &to_writer, under_way }.all(&from_decoder);
         drop(to_writer);
     });
 }
@@ -98,22 +103,72 @@ fn source(item: &mut Item) -> Result<Source> {
     std::mem::replace(&mut item.source, Ok(Source::File))
 }
 
-fn label_all(
-    photos: &Receiver<(Item, Result<Prepared>)>,
-    segmenter: &mut Segmenter,
-    results: &Sender<(Item, Result<Labelled>)>,
-) {
-    for (item, prepared) in photos {
-        let labelled = prepared.and_then(|prepared| {
-            let size = prepared.photo.dimensions();
-            segmenter.prepare(prepared.network, size)?;
-            let start = Instant::now();
-            let labels = segmenter.labels(&prepared.input, prepared.network, size)?;
-            Ok(Labelled { prepared, labels, inference: start.elapsed() })
-        });
-        if results.send((item, labelled)).is_err() {
-            return;
+/// A photo that the device works on.
+struct UnderWay {
+    item: Item,
+    prepared: Prepared,
+    start: Instant,
+}
+
+/// The middle thread. Its methods end with none where nobody listens to the results any more.
+struct Labelling<'a, 'm> {
+    segmenter: &'a mut Segmenter<'m>,
+    results: &'a Sender<(Item, Result<Labelled>)>,
+    under_way: VecDeque<UnderWay>,
+}
+
+impl Labelling<'_, '_> {
+    fn all(&mut self, photos: &Receiver<(Item, Result<Prepared>)>) -> Option<()> {
+        loop {
+            // While the next photo is being decoded, the one under way is not kept waiting.
+            let idle = self.under_way.is_empty();
+            let next = if idle { photos.recv().ok() } else { photos.try_recv().ok() };
+            match next {
+                Some((item, prepared)) => self.take(item, prepared)?,
+                None if idle => return Some(()),
+                None => self.collect()?,
+            }
         }
+    }
+
+    fn take(&mut self, item: Item, prepared: Result<Prepared>) -> Option<()> {
+        let error = match prepared {
+            Ok(prepared) => {
+                while !self.segmenter.has_room(prepared.network, prepared.photo.dimensions()) {
+                    self.collect()?;
+                }
+                match self.submit(&prepared) {
+                    Ok(start) => {
+                        self.under_way.push_back(UnderWay { item, prepared, start });
+                        return Some(());
+                    }
+                    Err(error) => error,
+                }
+            }
+            Err(error) => error,
+        };
+        // Results leave in the order of the photos.
+        while !self.under_way.is_empty() {
+            self.collect()?;
+        }
+        self.results.send((item, Err(error))).ok()
+    }
+
+    fn submit(&mut self, prepared: &Prepared) -> Result<Instant> {
+        let size = prepared.photo.dimensions();
+        self.segmenter.prepare(prepared.network, size)?;
+        let start = Instant::now();
+        let pixels = prepared.resized.as_ref().unwrap_or(&prepared.photo);
+        self.segmenter.submit(pixels, prepared.network, size)?;
+        Ok(start)
+    }
+
+    fn collect(&mut self) -> Option<()> {
+        let UnderWay { item, prepared, start } = self.under_way.pop_front()?;
+        let labels = self.segmenter.collect();
+        let inference = start.elapsed();
+        let labelled = labels.map(|labels| Labelled { prepared, labels, inference });
+        self.results.send((item, labelled)).ok()
     }
 }
 
@@ -122,16 +177,28 @@ fn prepare(
     source: Source,
     requested: Option<(usize, usize)>,
     train_size: Option<(usize, usize)>,
-    mean: [f32; 3],
-    std: [f32; 3],
 ) -> Result<Prepared> {
     let start = Instant::now();
     let photo = match source {
         Source::File => decode_file(path)?,
         Source::Bundled(bytes) => decode_bytes(bytes, path)?,
     };
-    let (network, input) = network_input(&photo, requested, train_size, mean, std)?;
-    Ok(Prepared { photo, input, network, decode: start.elapsed() })
+    let (network, resized) = network_photo(&photo, requested, train_size)?;
+    Ok(Prepared { photo, resized, network, decode: start.elapsed() })
+}
+
+/// The network's size for a photo, and the photo at that size where it is another.
+fn network_photo(
+    photo: &RgbImage,
+    requested: Option<(usize, usize)>,
+    train_size: Option<(usize, usize)>,
+) -> Result<(NetworkSize, Option<RgbImage>)> {
+    let network = network_size(photo.dimensions(), requested, train_size);
+    check_memory(network)?;
+    if photo.dimensions() == (network.width as u32, network.height as u32) {
+        return Ok((network, None));
+    }
+    Ok((network, Some(resize(photo, network.width, network.height)?)))
 }
 
 /// The network's size for a photo, and the photo at that size as its input: normalised,
@@ -143,14 +210,9 @@ pub(crate) fn network_input(
     mean: [f32; 3],
     std: [f32; 3],
 ) -> Result<(NetworkSize, Vec<f32>)> {
-    let network = network_size(photo.dimensions(), requested, train_size);
-    check_memory(network)?;
+    let (network, resized) = network_photo(photo, requested, train_size)?;
     let mut input = Vec::new();
-    if photo.dimensions() == (network.width as u32, network.height as u32) {
-        normalise(photo, mean, std, &mut input);
-    } else {
-        normalise(&resize(photo, network.width, network.height)?, mean, std, &mut input);
-    }
+    normalise(resized.as_ref().unwrap_or(photo), mean, std, &mut input);
     Ok((network, input))
 }
 

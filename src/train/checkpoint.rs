@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::history::EpochRecord;
 use super::protocol::Protocol;
+use crate::backend::LossScaling;
 use crate::error::{Error, Result};
 use crate::files::write_atomic;
 use crate::graph::params::flat_len;
@@ -52,6 +53,9 @@ pub struct RunState {
     pub step: u64,
     /// Sum of the losses of the current epoch's batches so far.
     pub loss_sum: f64,
+    /// Loss scaling of half precision.
+    #[serde(default)]
+    pub scaling: LossScaling,
     /// Seconds spent on the current epoch's batches so far.
     pub seconds: f64,
     /// Epoch and mIoU of the best validation.

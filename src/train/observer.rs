@@ -29,8 +29,8 @@ pub struct StepReport {
     pub batch: usize,
     /// Updates since the start of the run.
     pub step: u64,
-    /// Loss of the batch.
-    pub loss: f32,
+    /// Loss of the batch, where the device was asked for it.
+    pub loss: Option<f32>,
     /// Learning rate.
     pub lr: f64,
 }

@@ -11,7 +11,7 @@ use super::protocol::{Request, Runtime};
 use super::setup::{Paths, begin, resume};
 use super::validate::validate;
 use super::{log, plot, schedule};
-use crate::backend::AdamStep;
+use crate::backend::{AdamStep, Counters};
 use crate::data::Dataset;
 use crate::data::loader::{Loader, LoaderOptions, Position};
 use crate::error::{Error, Result};
@@ -60,6 +60,9 @@ pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) 
     let mut training =
         Training::new(&protocol.config, &params, backend, protocol.batch, height, width)?;
     training.restore(&params, Some((&moment1, &moment2)))?;
+    let counters =
+        Counters { loss_sum: state.loss_sum, scaling: state.scaling, ..Counters::default() };
+    training.set_counters(counters)?;
     let image_size = data.working_size()?;
     let loader = Loader::new(
         Arc::new(data),
@@ -147,19 +150,21 @@ impl Session<'_> {
     fn train_epoch(&mut self) -> Result<bool> {
         let epochs = self.state.protocol.epochs;
         let lr = schedule::poly(self.state.protocol.lr, self.state.epoch, epochs);
+        let interval = self.training.backend().loss_interval();
         let mut clock = Instant::now();
         while self.state.batch < self.loader.batches_per_epoch() {
             let Some(batch) = self.loader.next().transpose()? else {
                 return Err(Error::Failed("loader: the stream of batches ended early".into()));
             };
             let adam = AdamStep::paper(lr as f32, self.state.step + 1);
-            let loss = self.training.step(&batch.input, &batch.labels, adam)?;
-            if !loss.is_finite() {
-                return Err(self.diverged(loss));
-            }
+            self.training.step(&batch.input, &batch.labels, adam)?;
             self.state.step += 1;
             self.state.batch += 1;
-            self.state.loss_sum += f64::from(loss);
+            let due = self.saved.elapsed() >= self.runtime.checkpoint_interval
+                || self.runtime.checkpoint_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
+            let last = self.state.batch == self.loader.batches_per_epoch();
+            let look = due || last || self.state.batch.is_multiple_of(interval);
+            let loss = if look { Some(self.catch_up()?) } else { None };
             self.state.seconds += clock.elapsed().as_secs_f64();
             clock = Instant::now();
             self.observer.step(&StepReport {
@@ -170,8 +175,6 @@ impl Session<'_> {
                 lr,
             });
             let stop = self.must_stop();
-            let due = self.saved.elapsed() >= self.runtime.checkpoint_interval
-                || self.runtime.checkpoint_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
             if stop || due {
                 self.checkpoint()?;
                 self.observer.checkpoint(&self.paths.checkpoint, &self.state);
@@ -183,7 +186,18 @@ impl Session<'_> {
         Ok(true)
     }
 
-    fn diverged(&self, loss: f32) -> Error {
+    /// Waits for the device and takes over what it has counted. Returns the last batch's loss.
+    fn catch_up(&mut self) -> Result<f32> {
+        let Counters { loss, loss_sum, scaling } = self.training.counters()?;
+        // The sum keeps what any of its losses was.
+        if !loss_sum.is_finite() {
+            return Err(self.diverged(loss_sum));
+        }
+        (self.state.loss_sum, self.state.scaling) = (loss_sum, scaling);
+        Ok(loss)
+    }
+
+    fn diverged(&self, loss: f64) -> Error {
         let kept = if self.paths.checkpoint.exists() {
             format!("the last good checkpoint is kept in {}", self.paths.checkpoint.display())
         } else {
@@ -192,7 +206,7 @@ impl Session<'_> {
         Error::Failed(format!(
             "epoch {} step {}: expected a finite loss, found {loss}; {kept}; try a smaller --lr",
             self.state.epoch + 1,
-            self.state.step + 1
+            self.state.step
         ))
     }
 
@@ -237,6 +251,8 @@ impl Session<'_> {
         self.state.epoch = epoch;
         self.state.batch = 0;
         self.state.loss_sum = 0.0;
+        self.training
+            .set_counters(Counters { scaling: self.state.scaling, ..Counters::default() })?;
         self.state.seconds = 0.0;
         self.checkpoint()?;
         self.write_log(false)?;
@@ -269,6 +285,7 @@ impl Session<'_> {
     }
 
     fn checkpoint(&mut self) -> Result<()> {
+        self.catch_up()?;
         let params = self.params()?;
         let (moment1, moment2) = self.training.moments()?;
         let state = self.state.clone();

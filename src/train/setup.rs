@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::checkpoint::{Checkpoint, RunState};
 use super::protocol::{Protocol, Request};
 use super::statistics;
+use crate::backend::LossScaling;
 use crate::data::{Dataset, DatasetKind};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -117,6 +118,7 @@ pub(super) fn begin(request: &Request) -> Result<Prepared> {
         batch: 0,
         step: 0,
         loss_sum: 0.0,
+        scaling: LossScaling::default(),
         seconds: 0.0,
         best: None,
         history: Vec::new(),

@@ -135,8 +135,10 @@ fn kernels(
         grads: None,
         scratch: buffer,
         labels: buffer,
-        inverse_count: buffer,
-        loss: buffer,
+        moments: None,
+        statistics: buffer,
+        rgb: None,
+        control: buffer,
     };
     let program = lower(plan, &memory, Target { element, shared_limit, variants }).unwrap();
     let name = |command: &Command| match command {

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use memmap2::{MmapMut, MmapOptions};
 use rayon::ThreadPool;
+use rayon::prelude::*;
 
 use super::simd::Isa;
 use super::{backward, forward};
-use crate::backend::{AdamStep, Backend, State};
+use crate::backend::{AdamStep, Backend, Counters, Images, State};
 use crate::error::{Error, Result};
 use crate::graph::passes::Rewrites;
 use crate::graph::{Mode, Plan, PlaneLayout, Tensor};
@@ -25,7 +26,7 @@ pub struct CpuBackend {
     moment1: Vec<f32>,
     moment2: Vec<f32>,
     labels: Vec<u8>,
-    loss: f32,
+    counters: Counters,
 }
 
 /// The planned memory: pages of its own, large ones where the system has them. A tile of a matrix
@@ -89,7 +90,7 @@ impl CpuBackend {
             moment1: Vec::new(),
             moment2: Vec::new(),
             labels: Vec::new(),
-            loss: 0.0,
+            counters: Counters::default(),
         })
     }
 
@@ -168,6 +169,7 @@ impl Backend for CpuBackend {
             *self.state(state) = vec![0.0; trained];
         }
         self.labels.clear();
+        self.counters = Counters::default();
         Ok(())
     }
 
@@ -180,6 +182,24 @@ impl Backend for CpuBackend {
             let (n, c) = (i / tensor.shape.c, i % tensor.shape.c);
             unsafe { view.plane_mut(n, c) }.copy_from_slice(values);
         }
+        Ok(())
+    }
+
+    fn write_images(&mut self, plan: &Plan, images: &Images) -> Result<()> {
+        let rgb = match images {
+            Images::Normalised(values) => return self.write(&plan.input, values),
+            Images::Rgb(rgb) => rgb,
+        };
+        let shape = plan.input.shape;
+        rgb.check(shape)?;
+        self.check_tensor(&plan.input, shape.len())?;
+        // Every plane is written by one task.
+        let view = unsafe { super::ViewMut::of(self.arena.base(), &plan.input) };
+        self.pool.install(|| {
+            (0..shape.n * 3).into_par_iter().for_each(|i| {
+                rgb.normalise_plane(i / 3, i % 3, unsafe { view.plane_mut(i / 3, i % 3) });
+            });
+        });
         Ok(())
     }
 
@@ -262,7 +282,9 @@ impl Backend for CpuBackend {
             let base = self.arena.base();
             let logits = unsafe { super::View::of(base, &plan.logits) };
             let gradient = unsafe { super::ViewMut::of(base, &grad_logits) };
-            self.loss = cross_entropy::forward_backward(logits, &self.labels, gradient);
+            let loss = cross_entropy::forward_backward(logits, &self.labels, gradient);
+            self.counters.loss = loss;
+            self.counters.loss_sum += f64::from(loss);
             for step in plan.steps.iter().rev() {
                 backward::step(self, plan, step);
             }
@@ -270,15 +292,22 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn loss(&mut self) -> Result<f32> {
-        Ok(self.loss)
+    fn counters(&mut self) -> Result<Counters> {
+        Ok(self.counters)
+    }
+
+    fn write_counters(&mut self, counters: Counters) -> Result<()> {
+        self.counters = counters;
+        Ok(())
     }
 
     fn adam(&mut self, plan: &Plan, step: AdamStep) -> Result<()> {
         let weights = &mut self.params[..plan.trainable_len];
         let moments = self.moment1.iter_mut().zip(&mut self.moment2);
-        let correction1 = 1.0 - f64::from(step.beta1).powi(step.step as i32);
-        let correction2 = 1.0 - f64::from(step.beta2).powi(step.step as i32);
+        // A run that was begun in half precision elsewhere may have left updates out.
+        let updates = step.step.saturating_sub(self.counters.scaling.skipped.into()).max(1) as i32;
+        let correction1 = 1.0 - f64::from(step.beta1).powi(updates);
+        let correction2 = 1.0 - f64::from(step.beta2).powi(updates);
         let rate = (f64::from(step.lr) / correction1) as f32;
         let root = (1.0 / correction2.sqrt()) as f32;
         for ((w, g), (m, v)) in weights.iter_mut().zip(&self.grads).zip(moments) {

@@ -2,11 +2,12 @@
 
 use half::f16;
 
-use super::device::{Buffer, Element, GpuDevice, Place};
-use super::lower::{self, Memory, Program, Target, args};
+use super::Command;
+use super::control::{self, Hyper, Run};
+use super::device::{Buffer, Element, GpuDevice, LANES, Place};
+use super::lower::{self, Memory, Program, Target};
 use super::variants::Variants;
-use super::{Command, launch};
-use crate::backend::{AdamStep, Backend, Precision, State};
+use crate::backend::{AdamStep, Backend, Counters, Images, Output, Precision, Rgb, State};
 use crate::error::{Error, Result};
 use crate::graph::{Mode, Plan, Tensor};
 
@@ -14,11 +15,16 @@ use crate::graph::{Mode, Plan, Tensor};
 const FORWARD: u32 = 0;
 const LABELS: u32 = 1;
 const BACKWARD: u32 = 2;
+const UPDATE: u32 = 3;
+const FORWARD_RGB: u32 = 4;
+
+/// Training steps between two looks at the loss: some ten milliseconds of work each.
+const LOSS_INTERVAL: usize = 16;
 
 /// A backend over a GPU.
 ///
-/// With [`Precision::F16`] inference stores activations and the weights of matrix products in half
-/// precision and computes in f32; training stores f32 in either case.
+/// With [`Precision::F16`] activations, their gradients and the weights of matrix products are stored
+/// in half precision, sums are f32; trained weights, their gradients, moments and statistics are f32.
 pub struct GpuBackend<D> {
     device: D,
     precision: Precision,
@@ -29,8 +35,13 @@ pub struct GpuBackend<D> {
 /// Memory and commands of the plan at hand.
 struct Prepared {
     memory: Memory,
-    moments: Option<[Buffer; 2]>,
     program: Program,
+    /// The forward pass over 8-bit RGB.
+    forward_rgb: Option<Vec<Command>>,
+    /// Whether the input at hand is 8-bit RGB.
+    is_rgb: bool,
+    /// What is in the memory for it: three scales, three shifts.
+    normalisation: Option<[[f32; 3]; 2]>,
     element: Element,
     arena_len: usize,
     param_len: usize,
@@ -73,12 +84,13 @@ impl<D: GpuDevice> GpuBackend<D> {
         let fixed = [
             memory.arena,
             memory.params,
+            memory.statistics,
             memory.scratch,
             memory.labels,
-            memory.inverse_count,
-            memory.loss,
+            memory.control,
         ];
-        let all = fixed.into_iter().chain(optional).chain(prepared.moments.into_iter().flatten());
+        let pairs = memory.moments.into_iter().chain(memory.rgb).flatten();
+        let all = fixed.into_iter().chain(optional).chain(pairs);
         all.into_iter().try_for_each(|buffer| self.device.free(buffer))
     }
 
@@ -88,7 +100,33 @@ impl<D: GpuDevice> GpuBackend<D> {
     }
 }
 
+impl<D: GpuDevice> GpuBackend<D> {
+    /// Makes the stem read 8-bit RGB from now on, if it can, and says where that belongs.
+    fn set_rgb(&mut self, plan: &Plan, rgb: &Rgb) -> Result<Option<Place>> {
+        rgb.check(plan.input.shape)?;
+        let (device, prepared) = self.parts()?;
+        prepared.is_rgb = prepared.forward_rgb.is_some();
+        let Some([values, normalisation]) = prepared.memory.rgb.filter(|_| prepared.is_rgb) else {
+            return Ok(None);
+        };
+        let wanted = rgb.scale_and_shift();
+        if prepared.normalisation != Some(wanted) {
+            device.upload(normalisation.into(), bytemuck::bytes_of(&wanted))?;
+            prepared.normalisation = Some(wanted);
+        }
+        Ok(Some(values.into()))
+    }
+}
+
 impl Prepared {
+    /// Where a forward pass leaves its result, and its bytes.
+    fn result(&self, plan: &Plan) -> (Place, usize) {
+        match plan.mode {
+            Mode::Labels => (self.memory.labels.into(), self.pixels),
+            _ => (self.image(&plan.logits, 0), plan.logits.extent() * self.element.size()),
+        }
+    }
+
     /// First byte of an image of a tensor whose planes are dense.
     fn image(&self, tensor: &Tensor, n: usize) -> Place {
         let byte_offset = (tensor.offset + n * tensor.batch_stride) * self.element.size();
@@ -112,8 +150,8 @@ impl Prepared {
         match state {
             State::Params => (Some(self.memory.params), self.param_len),
             State::Grads => (self.memory.grads, self.trainable_len),
-            State::Moment1 => (self.moments.map(|m| m[0]), self.trainable_len),
-            State::Moment2 => (self.moments.map(|m| m[1]), self.trainable_len),
+            State::Moment1 => (self.memory.moments.map(|m| m[0]), self.trainable_len),
+            State::Moment2 => (self.memory.moments.map(|m| m[1]), self.trainable_len),
         }
     }
 
@@ -146,8 +184,8 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         self.release()?;
         let training = plan.mode == Mode::Training;
         let element = match self.precision {
-            Precision::F16 if !training => Element::F16,
-            _ => Element::F32,
+            Precision::F16 => Element::F16,
+            Precision::F32 => Element::F32,
         };
         let pixels = plan.input.shape.n * plan.input.shape.plane();
         let device = &mut self.device;
@@ -157,8 +195,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             Ok(buffer)
         };
         let params = vector(plan.param_len, "parameters")?;
-        let inverse_count = vector(1, "label count")?;
-        let loss = vector(1, "loss")?;
+        let control = vector(control::BYTES / 4, "training state")?;
         let (grads, moments) = if training {
             let len = plan.trainable_len;
             let moments = [vector(len, "first moments")?, vector(len, "second moments")?];
@@ -170,27 +207,39 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             Element::F16 => Some(device.alloc(2 * plan.param_len.max(1), "half parameters")?),
             Element::F32 => None,
         };
+        let rgb = match training {
+            true => None,
+            false => {
+                let values = device.alloc(plan.input.shape.len(), "8-bit input")?;
+                Some([values, device.alloc(size_of::<[[f32; 3]; 2]>(), "normalisation")?])
+            }
+        };
         let arena = device.alloc(element.size() * plan.arena_len.max(1), "arena")?;
         let labels = device.alloc(pixels, "labels")?;
-        // Scratch is sized by a first lowering that needs no memory of its own.
+        // Scratch and statistics are sized by a first lowering that needs no memory of its own.
         let mut memory = Memory {
             arena,
             params,
             params_half,
             grads,
+            moments,
+            statistics: arena,
             scratch: arena,
+            rgb,
             labels,
-            inverse_count,
-            loss,
+            control,
         };
         let target = Target { element, shared_limit: device.shared_memory_limit(), variants };
-        let needed = lower::lower(plan, &memory, target)?.scratch_bytes;
-        memory.scratch = device.alloc(needed.max(4), "scratch")?;
+        let needed = lower::lower(plan, &memory, target)?;
+        memory.scratch = device.alloc(needed.scratch_bytes.max(4), "scratch")?;
+        memory.statistics = device.alloc(needed.statistics_bytes.max(4), "statistics")?;
         let program = lower::lower(plan, &memory, target)?;
         self.prepared = Some(Prepared {
             memory,
-            moments,
+            forward_rgb: program.forward_rgb(),
             program,
+            is_rgb: false,
+            normalisation: None,
             element,
             arena_len: plan.arena_len,
             param_len: plan.param_len,
@@ -199,7 +248,65 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             classes: plan.logits.shape.c,
             labels_written: false,
         });
-        Ok(())
+        self.write_counters(Counters::default())
+    }
+
+    fn write_images(&mut self, plan: &Plan, images: &Images) -> Result<()> {
+        match images {
+            Images::Rgb(rgb) => match self.set_rgb(plan, rgb)? {
+                Some(place) => self.device.upload(place, rgb.pixels),
+                None => self.write(&plan.input, &rgb.normalise(plan.input.shape)),
+            },
+            Images::Normalised(values) => {
+                self.parts()?.1.is_rgb = false;
+                self.write(&plan.input, values)
+            }
+        }
+    }
+
+    fn lanes(&self) -> usize {
+        LANES
+    }
+
+    fn launch(&mut self, plan: &Plan, lane: usize, images: &Images) -> Result<()> {
+        let place = match images {
+            Images::Rgb(rgb) => self.set_rgb(plan, rgb)?.map(|place| (place, rgb.pixels)),
+            Images::Normalised(_) => None,
+        };
+        match place {
+            Some((place, pixels)) => {
+                self.device.send(lane, pixels)?;
+                self.device.deliver(lane, place)?;
+            }
+            // Values in f32 are what tests and old callers pass: not worth a way of their own.
+            None => self.write_images(plan, images)?,
+        }
+        self.forward(plan)?;
+        if plan.mode == Mode::Labels {
+            self.run(LABELS, |program| &program.labels)?;
+        }
+        let (device, prepared) = self.parts()?;
+        let (from, bytes) = prepared.result(plan);
+        device.fetch(lane, from, bytes)
+    }
+
+    fn collect(&mut self, plan: &Plan, lane: usize, output: Output) -> Result<()> {
+        let (device, prepared) = self.parts()?;
+        match output {
+            Output::Labels(labels) if plan.mode == Mode::Labels => device.receive(lane, labels),
+            Output::Logits(logits) if plan.mode != Mode::Labels => {
+                prepared.check_tensor(&plan.logits, logits.len())?;
+                let mut bytes = vec![0; prepared.result(plan).1];
+                device.receive(lane, &mut bytes)?;
+                let image = plan.logits.shape.c * plan.logits.shape.plane();
+                let stride = plan.logits.batch_stride * prepared.element.size();
+                for (values, bytes) in logits.chunks_mut(image).zip(bytes.chunks(stride)) {
+                    prepared.element.widen(bytes, values);
+                }
+                Ok(())
+            }
+            _ => Err(Error::Usage("labels come from a plan for labels, logits from others".into())),
+        }
     }
 
     fn write(&mut self, tensor: &Tensor, data: &[f32]) -> Result<()> {
@@ -265,21 +372,29 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         let labelled = labels.iter().filter(|&&l| usize::from(l) < prepared.classes).count();
         let inverse = 1.0 / labelled.max(1) as f32;
         device.upload(prepared.memory.labels.into(), labels)?;
-        device.upload(prepared.memory.inverse_count.into(), &inverse.to_ne_bytes())?;
+        device.upload(control::inverse_count(prepared.memory.control), &inverse.to_ne_bytes())?;
         prepared.labels_written = true;
         Ok(())
     }
 
     fn forward_step(&mut self, _plan: &Plan, index: usize) -> Result<()> {
         let (device, prepared) = self.parts()?;
-        prepared.program.step(index).iter().try_for_each(|command| match command {
+        let commands = match &prepared.program.stem_rgb {
+            Some(stem) if prepared.is_rgb && index == 0 => stem,
+            _ => prepared.program.step(index),
+        };
+        commands.iter().try_for_each(|command| match command {
             Command::Launch(launch) => device.launch(launch),
             Command::Gemm(gemm) => device.gemm(gemm),
         })
     }
 
     fn forward(&mut self, _plan: &Plan) -> Result<()> {
-        self.run(FORWARD, |program| &program.forward)
+        let (device, prepared) = self.parts()?;
+        match &prepared.forward_rgb {
+            Some(commands) if prepared.is_rgb => device.submit(FORWARD_RGB, commands),
+            _ => device.submit(FORWARD, &prepared.program.forward),
+        }
     }
 
     fn read_labels(&mut self, plan: &Plan, out: &mut [u8]) -> Result<()> {
@@ -314,34 +429,31 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         self.run(BACKWARD, |program| &program.backward)
     }
 
-    fn loss(&mut self) -> Result<f32> {
+    fn counters(&mut self) -> Result<Counters> {
         let (device, prepared) = self.parts()?;
-        let mut bytes = [0; 4];
-        device.download(prepared.memory.loss.into(), &mut bytes)?;
-        Ok(f32::from_ne_bytes(bytes))
+        let mut run: Run = bytemuck::Zeroable::zeroed();
+        device.download(Run::place(prepared.memory.control), bytemuck::bytes_of_mut(&mut run))?;
+        Ok(run.counters())
+    }
+
+    fn write_counters(&mut self, counters: Counters) -> Result<()> {
+        let (device, prepared) = self.parts()?;
+        let run = Run::from(counters);
+        device.upload(Run::place(prepared.memory.control), bytemuck::bytes_of(&run))
+    }
+
+    fn loss_interval(&self) -> usize {
+        LOSS_INTERVAL
     }
 
     fn adam(&mut self, plan: &Plan, step: AdamStep) -> Result<()> {
-        let (device, prepared) = self.parts()?;
-        let (Some(grads), Some([first, second])) = (prepared.memory.grads, prepared.moments) else {
+        if plan.mode != Mode::Training {
             return Err(Error::Usage("an update needs a plan made for training".into()));
-        };
-        let correction1 = 1.0 - f64::from(step.beta1).powi(step.step as i32);
-        let correction2 = 1.0 - f64::from(step.beta2).powi(step.step as i32);
-        let args = args![
-            prepared.memory.params,
-            grads,
-            first,
-            second,
-            plan.trainable_len,
-            (f64::from(step.lr) / correction1) as f32,
-            (1.0 / correction2.sqrt()) as f32,
-            step.beta1,
-            step.beta2,
-            step.eps,
-            step.weight_decay,
-        ];
-        device.launch(&launch::vector("adam_f32", plan.trainable_len, args))
+        }
+        let (device, prepared) = self.parts()?;
+        let hyper = Hyper::from(step);
+        device.upload(Hyper::place(prepared.memory.control), bytemuck::bytes_of(&hyper))?;
+        self.run(UPDATE, |program| &program.update)
     }
 
     fn synchronize(&mut self) -> Result<()> {

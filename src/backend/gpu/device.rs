@@ -1,8 +1,13 @@
 //! What a GPU has to offer for the GPU backend: memory, kernel launches,
 //! matrix products. Two devices implement it: a CUDA GPU, and the emulation on the CPU.
 
+use half::f16;
+
 use super::launch::{Command, Gemm, Launch};
 use crate::error::Result;
+
+/// Batches that can be under way at once: one is copied while the device works on the other.
+pub const LANES: usize = 2;
 
 /// Handle of device memory, valid for the device that gave it out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -47,6 +52,22 @@ impl Element {
             Element::F16 => 2,
         }
     }
+
+    /// Stored elements as f32; `bytes` may hold more than there are values.
+    pub fn widen(self, bytes: &[u8], values: &mut [f32]) {
+        match self {
+            Element::F32 => {
+                for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+                    *value = f32::from_ne_bytes(*bytes);
+                }
+            }
+            Element::F16 => {
+                for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
+                    *value = f16::from_ne_bytes(*bytes).to_f32();
+                }
+            }
+        }
+    }
 }
 
 /// A device that executes commands in the order given. Commands may return before their work is
@@ -86,6 +107,34 @@ pub trait GpuDevice: Send {
     /// # Errors
     /// What the driver says, errors of earlier commands included.
     fn download(&mut self, from: Place, bytes: &mut [u8]) -> Result<()>;
+
+    /// Copies bytes to the device beside the commands, for [`GpuDevice::deliver`]; the slice may be
+    /// reused on return. A lane (below [`LANES`]) holds one thing sent and one fetched.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel) where what was sent before was not delivered, or what
+    /// the driver says.
+    fn send(&mut self, lane: usize, bytes: &[u8]) -> Result<()>;
+
+    /// Puts what was sent in its place, as a command: those that follow see it.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel) where nothing was sent, or what the driver says.
+    fn deliver(&mut self, lane: usize, to: Place) -> Result<()>;
+
+    /// Takes bytes away, as a command, and copies them to the host beside those that follow.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel) where what was fetched before was not received, or what
+    /// the driver says.
+    fn fetch(&mut self, lane: usize, from: Place, bytes: usize) -> Result<()>;
+
+    /// Waits for what was fetched.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel) where that is not as many bytes, or what the driver
+    /// says.
+    fn receive(&mut self, lane: usize, out: &mut [u8]) -> Result<()>;
 
     /// Fills memory with zero bytes.
     ///

@@ -10,7 +10,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use gemm::Parallelism;
 use half::f16;
 
-use super::device::{Buffer, Element, GpuDevice, Place};
+use super::device::{Buffer, Element, GpuDevice, LANES, Place};
 use super::launch::{Arg, Gemm, Launch, Matrix};
 use super::{Command, GpuBackend};
 use crate::backend::{Backend, Precision};
@@ -41,6 +41,14 @@ pub struct Emulated {
     shared_memory: usize,
     launches: u64,
     buffers: Vec<Option<Fenced>>,
+    lanes: [Lane; LANES],
+}
+
+/// Copies beside the commands; here they are done at once.
+#[derive(Default)]
+struct Lane {
+    sent: Option<Vec<u8>>,
+    fetched: Option<Vec<u8>>,
 }
 
 #[repr(C)]
@@ -109,7 +117,8 @@ impl Default for Emulated {
 impl Emulated {
     /// A device whose threads run in the given order and whose blocks have `shared_memory` bytes.
     pub fn new(order: Order, shared_memory: usize) -> Self {
-        Emulated { order, shared_memory, launches: 0, buffers: Vec::new() }
+        let lanes = Default::default();
+        Emulated { order, shared_memory, launches: 0, buffers: Vec::new(), lanes }
     }
 
     fn get(&self, buffer: Buffer) -> Result<&Fenced> {
@@ -225,6 +234,41 @@ impl GpuDevice for Emulated {
     fn download(&mut self, from: Place, bytes: &mut [u8]) -> Result<()> {
         bytes.copy_from_slice(self.slice_mut(from, bytes.len())?);
         Ok(())
+    }
+
+    fn send(&mut self, lane: usize, bytes: &[u8]) -> Result<()> {
+        match self.lanes[lane].sent.replace(bytes.to_vec()) {
+            None => Ok(()),
+            Some(_) => Err(failed("send", format!("lane {lane} was not delivered"))),
+        }
+    }
+
+    fn deliver(&mut self, lane: usize, to: Place) -> Result<()> {
+        let sent = self.lanes[lane].sent.take();
+        let sent = sent.ok_or_else(|| failed("deliver", format!("nothing was sent in {lane}")))?;
+        self.upload(to, &sent)
+    }
+
+    fn fetch(&mut self, lane: usize, from: Place, bytes: usize) -> Result<()> {
+        let taken = self.slice_mut(from, bytes)?.to_vec();
+        match self.lanes[lane].fetched.replace(taken) {
+            None => Ok(()),
+            Some(_) => Err(failed("fetch", format!("lane {lane} was not received"))),
+        }
+    }
+
+    fn receive(&mut self, lane: usize, out: &mut [u8]) -> Result<()> {
+        match self.lanes[lane].fetched.take() {
+            Some(taken) if taken.len() == out.len() => {
+                out.copy_from_slice(&taken);
+                Ok(())
+            }
+            taken => {
+                let found = taken.map_or(0, |taken| taken.len());
+                let problem = format!("lane {lane} has {found} bytes, not {}", out.len());
+                Err(failed("receive", problem))
+            }
+        }
     }
 
     fn zero(&mut self, at: Place, bytes: usize) -> Result<()> {

@@ -3,6 +3,7 @@
 //! kernels with the same launch shapes.
 
 mod backend;
+mod control;
 pub mod cuda;
 pub mod device;
 #[cfg(emulated_kernels)]
@@ -12,6 +13,6 @@ pub mod lower;
 pub mod variants;
 
 pub use backend::GpuBackend;
-pub use device::{Buffer, Element, GpuDevice, Place};
+pub use device::{Buffer, Element, GpuDevice, LANES, Place};
 pub use launch::{Arg, Command, Gemm, Launch, Matrix};
 pub use variants::Variants;

@@ -1,10 +1,12 @@
 //! A CUDA GPU as a [`GpuDevice`]: driver API and cuBLAS through cudarc, both opened at run time.
 //!
-//! Everything runs in order on one stream. A sequence that is asked for again is captured into a
+//! All commands run in order on one stream; copies that may overlap with them have two of their own
+//! (`lanes.rs`). A sequence that is asked for again is captured into a
 //! CUDA graph and replayed: one launch instead of hundreds. `CUDA_VISIBLE_DEVICES` chooses the
 //! GPU; `FPENET_CUDA_GRAPHS=0` launches every command by itself.
 
 mod blas;
+mod lanes;
 mod modules;
 mod probe;
 mod transfer;
@@ -20,6 +22,7 @@ use cudarc::driver::sys::{
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
 
 use self::blas::Blas;
+use self::lanes::Lanes;
 use self::modules::Kernels;
 use self::probe::unusable;
 use self::transfer::Staging;
@@ -33,6 +36,7 @@ pub struct CudaDevice {
     blas: Blas,
     kernels: Kernels,
     staging: Staging,
+    lanes: Lanes,
     memory: Vec<Option<Memory>>,
     _workspace: Memory,
     stream: Arc<CudaStream>,
@@ -89,6 +93,7 @@ impl CudaDevice {
         let kernels = Kernels::load(&gpu, capability, shared_limit)?;
         let stream = context.new_stream().map_err(failed)?;
         let staging = Staging::new().map_err(failed)?;
+        let lanes = Lanes::new(&context).map_err(failed)?;
         // What cuBLAS itself would take: 32 MiB from Hopper on, else 4 MiB.
         let workspace = reserve(if major >= 9 { 32 << 20 } else { 4 << 20 }, "cuBLAS workspace")?;
         let blas = Blas::new(stream.cu_stream(), workspace.address, workspace.bytes);
@@ -112,6 +117,7 @@ impl CudaDevice {
             blas,
             kernels,
             staging,
+            lanes,
             memory: Vec::new(),
             _workspace: workspace,
             stream,
@@ -227,6 +233,28 @@ impl GpuDevice for CudaDevice {
         copied.map_err(|error| self.late(error))
     }
 
+    fn send(&mut self, lane: usize, bytes: &[u8]) -> Result<()> {
+        self.bind()?;
+        self.lanes.send(lane, bytes)
+    }
+
+    fn deliver(&mut self, lane: usize, to: Place) -> Result<()> {
+        self.bind()?;
+        let address = self.address(to, self.lanes.sent(lane))?;
+        self.lanes.deliver(lane, address, self.stream.cu_stream())
+    }
+
+    fn fetch(&mut self, lane: usize, from: Place, bytes: usize) -> Result<()> {
+        self.bind()?;
+        let address = self.address(from, bytes)?;
+        self.lanes.fetch(lane, address, bytes, self.stream.cu_stream())
+    }
+
+    fn receive(&mut self, lane: usize, out: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        self.lanes.receive(lane, out)?.map_err(|error| self.late(error))
+    }
+
     fn zero(&mut self, at: Place, bytes: usize) -> Result<()> {
         self.bind()?;
         let address = self.address(at, bytes)?;
@@ -305,6 +333,7 @@ impl Drop for CudaDevice {
         // Errors were reported where they arose; the fields go in their order after this.
         let _ = self.context.bind_to_thread();
         let _ = self.stream.synchronize();
+        let _ = self.lanes.synchronize();
     }
 }
 

@@ -7,17 +7,25 @@ use cudarc::driver::sys::{CUdeviceptr, CUevent, CUevent_flags, CUstream};
 
 /// Most bytes copied at once: bounds the pinned memory, which the system cannot page out.
 const CHUNK: usize = 32 << 20;
+/// Up to here a copy goes through a small buffer. A training step makes three of them and one or two
+/// large ones; with these buffers the host gets two steps ahead of the GPU before it has to wait.
+const SMALL: usize = 4096;
 
-/// Two pinned buffers, used in turns: the host fills one while the GPU reads the other.
+/// Pinned buffers, used in turns: the host fills one while the GPU reads the others.
 pub(super) struct Staging {
-    slots: [Slot; 2],
+    large: Ring<4>,
+    small: Ring<8>,
+}
+
+struct Ring<const N: usize> {
+    slots: [Slot; N],
     next: usize,
 }
 
 impl Staging {
     /// Empty buffers; the context must be current, now and whenever they are used or dropped.
     pub(super) fn new() -> Result<Self, DriverError> {
-        Ok(Staging { slots: [Slot::new()?, Slot::new()?], next: 0 })
+        Ok(Staging { large: Ring::new()?, small: Ring::new()? })
     }
 
     /// Copies host memory in, behind all earlier work of the stream. `bytes` may be reused on
@@ -30,9 +38,10 @@ impl Staging {
     ) -> Result<(), DriverError> {
         for (i, part) in bytes.chunks(CHUNK).enumerate() {
             let slot = self.slot(part.len())?;
-            slot.memory(part.len()).copy_from_slice(part);
+            let host = slot.memory.bytes(part.len());
+            host.copy_from_slice(part);
             let to = to + (i * CHUNK) as u64;
-            unsafe { result::memcpy_htod_async(to, slot.memory(part.len()), stream)? };
+            unsafe { result::memcpy_htod_async(to, host, stream)? };
             unsafe { result::event::record(slot.done, stream)? };
         }
         Ok(())
@@ -47,32 +56,40 @@ impl Staging {
     ) -> Result<(), DriverError> {
         for (i, part) in bytes.chunks_mut(CHUNK).enumerate() {
             let slot = self.slot(part.len())?;
+            let host = slot.memory.bytes(part.len());
             let from = from + (i * CHUNK) as u64;
-            unsafe { result::memcpy_dtoh_async(slot.memory(part.len()), from, stream)? };
+            unsafe { result::memcpy_dtoh_async(host, from, stream)? };
             unsafe { result::stream::synchronize(stream)? };
-            part.copy_from_slice(slot.memory(part.len()));
+            part.copy_from_slice(host);
         }
         Ok(())
     }
 
     /// The next buffer, large enough and no longer in use by the GPU.
     fn slot(&mut self, bytes: usize) -> Result<&mut Slot, DriverError> {
-        self.next = (self.next + 1) % self.slots.len();
-        let slot = &mut self.slots[self.next];
+        let slot = if bytes <= SMALL { self.small.turn() } else { self.large.turn() };
         // An event that was never recorded counts as done.
         unsafe { result::event::synchronize(slot.done)? };
-        if slot.bytes < bytes {
-            slot.release();
-            slot.host = unsafe { result::malloc_host(bytes, 0)? };
-            slot.bytes = bytes;
-        }
+        slot.memory.reserve(bytes.max(SMALL))?;
         Ok(slot)
     }
 }
 
+impl<const N: usize> Ring<N> {
+    fn new() -> Result<Self, DriverError> {
+        let slots: Result<Vec<Slot>, DriverError> = (0..N).map(|_| Slot::new()).collect();
+        let slots = slots?.try_into().unwrap_or_else(|_| unreachable!("N slots were made"));
+        Ok(Ring { slots, next: 0 })
+    }
+
+    fn turn(&mut self) -> &mut Slot {
+        self.next = (self.next + 1) % N;
+        &mut self.slots[self.next]
+    }
+}
+
 struct Slot {
-    host: *mut c_void,
-    bytes: usize,
+    memory: Pinned,
     /// Recorded behind the last copy out of this buffer.
     done: CUevent,
 }
@@ -80,14 +97,44 @@ struct Slot {
 impl Slot {
     fn new() -> Result<Self, DriverError> {
         let done = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
-        Ok(Slot { host: std::ptr::null_mut(), bytes: 0, done })
+        Ok(Slot { memory: Pinned::default(), done })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let _ = unsafe { result::event::destroy(self.done) };
+    }
+}
+
+/// Host memory that cannot be paged out.
+pub(super) struct Pinned {
+    host: *mut c_void,
+    bytes: usize,
+}
+
+impl Default for Pinned {
+    fn default() -> Self {
+        Pinned { host: std::ptr::null_mut(), bytes: 0 }
+    }
+}
+
+impl Pinned {
+    /// Makes room; what was there is lost where it was too small, and must not be in use.
+    pub(super) fn reserve(&mut self, bytes: usize) -> Result<(), DriverError> {
+        if self.bytes < bytes {
+            self.release();
+            self.host = unsafe { result::malloc_host(bytes, 0)? };
+            self.bytes = bytes;
+        }
+        Ok(())
     }
 
-    /// The first `bytes` of the buffer, which must be that large.
-    fn memory(&mut self, bytes: usize) -> &mut [u8] {
-        assert!(bytes <= self.bytes && !self.host.is_null());
+    /// The first `len` bytes, for which there must be room.
+    pub(super) fn bytes(&mut self, len: usize) -> &mut [u8] {
+        assert!(len <= self.bytes && !self.host.is_null());
         // Pinned memory is ordinary host memory, and nobody else has the pointer.
-        unsafe { std::slice::from_raw_parts_mut(self.host.cast(), bytes) }
+        unsafe { std::slice::from_raw_parts_mut(self.host.cast(), len) }
     }
 
     fn release(&mut self) {
@@ -99,9 +146,8 @@ impl Slot {
     }
 }
 
-impl Drop for Slot {
+impl Drop for Pinned {
     fn drop(&mut self) {
         self.release();
-        let _ = unsafe { result::event::destroy(self.done) };
     }
 }

@@ -1,9 +1,9 @@
-//! Loss and backward steps; training plans store f32. Every parameter belongs to one operator, so
-//! its gradient is overwritten, never added to.
+//! Loss, backward steps and the update. Every parameter belongs to one operator, so its gradient is
+//! overwritten, never added to. Parameters' gradients are f32 whatever the arena stores.
 
 use super::forward::Saved;
 use super::products::planes_matrix;
-use super::{Lowering, act_code, args};
+use super::{Lowering, Typed, act_code, args};
 use crate::backend::gpu::device::{Element, Place};
 use crate::backend::gpu::launch::{self, Arg, Gemm, Matrix};
 use crate::graph::{GradSlot, Shape, Step, Tensor};
@@ -21,7 +21,7 @@ pub(super) fn loss(low: &mut Lowering) {
         memory.labels,
         low.at(&grad),
         partial,
-        memory.inverse_count,
+        memory.control,
         logits.shape.c,
         logits.shape.plane(),
         logits.batch_stride,
@@ -29,9 +29,29 @@ pub(super) fn loss(low: &mut Lowering) {
         grad.batch_stride,
         grad.plane_stride,
     ];
-    low.launch(launch::pixels("cross_entropy_f32", logits.shape, args));
-    let args = args![partial, memory.inverse_count, memory.loss, parts];
+    let name = low.name(Typed { f32: "cross_entropy_f32", f16: "cross_entropy_f16" });
+    low.launch(launch::pixels(name, logits.shape, args));
+    let args = args![partial, memory.control, parts];
     low.launch(launch::warp_per_channel("cross_entropy_finish_f32", 1, args));
+}
+
+/// Takes the loss scale out of the parameters' gradients again.
+pub(super) fn unscale(low: &mut Lowering) {
+    let (Some(grads), Element::F16) = (low.memory.grads, low.element) else { return };
+    let len = low.plan.trainable_len;
+    low.launch(launch::vector("unscale_f32", len, args![grads, low.memory.control, len]));
+}
+
+/// One Adam update of everything trainable.
+pub(super) fn update(low: &mut Lowering) {
+    let memory = low.memory;
+    let (Some(grads), Some([first, second])) = (memory.grads, memory.moments) else { return };
+    let args = args![memory.control, low.element == Element::F16];
+    low.launch(launch::warp_per_channel("adam_prepare", 1, args));
+    let len = low.plan.trainable_len;
+    let rounded = memory.params_half.map(Place::from);
+    let args = args![memory.params, rounded, grads, first, second, memory.control, len];
+    low.launch(launch::vector("adam_f32", len, args));
 }
 
 pub(super) fn step(low: &mut Lowering, step: &Step) {
@@ -79,7 +99,9 @@ pub(super) fn step(low: &mut Lowering, step: &Step) {
                     to.batch_stride,
                     to.plane_stride,
                 ];
-                low.launch(launch::planes("activation_backward_f32", y.shape, args));
+                let name = low
+                    .name(Typed { f32: "activation_backward_f32", f16: "activation_backward_f16" });
+                low.launch(launch::planes(name, y.shape, args));
             }
         }
         Op::Add => {
@@ -109,7 +131,11 @@ pub(super) fn step(low: &mut Lowering, step: &Step) {
                     to.batch_stride,
                     to.plane_stride,
                 ];
-                low.launch(launch::planes("global_pool_backward_f32", to.shape, args));
+                let name = low.name(Typed {
+                    f32: "global_pool_backward_f32",
+                    f16: "global_pool_backward_f16",
+                });
+                low.launch(launch::planes(name, to.shape, args));
             }
         }
         Op::ChannelMean => {
@@ -125,7 +151,11 @@ pub(super) fn step(low: &mut Lowering, step: &Step) {
                     to.batch_stride,
                     to.plane_stride,
                 ];
-                low.launch(launch::planes("channel_mean_backward_f32", to.shape, args));
+                let name = low.name(Typed {
+                    f32: "channel_mean_backward_f32",
+                    f16: "channel_mean_backward_f16",
+                });
+                low.launch(launch::planes(name, to.shape, args));
             }
         }
         Op::MeuFuse(op) => meu_fuse(low, step, dy, op.spatial),
@@ -145,7 +175,9 @@ pub(super) fn step(low: &mut Lowering, step: &Step) {
                     to.batch_stride,
                     to.plane_stride,
                 ];
-                low.launch(launch::tiles("resize_backward_f32", to.shape, args));
+                let name =
+                    low.name(Typed { f32: "resize_backward_f32", f16: "resize_backward_f16" });
+                low.launch(launch::tiles(name, to.shape, args));
             }
         }
     }
@@ -157,7 +189,8 @@ fn bias_gradient(low: &mut Lowering, dy: &Tensor, out: Place) {
     let parts = shape.n * launch::pieces(pixels);
     let partial = low.scratch(parts * shape.c);
     let args = args![low.at(dy), partial, pixels, dy.batch_stride, dy.plane_stride];
-    low.launch(launch::reduction("channel_sum_f32", pixels, shape.c, shape.n, args));
+    let name = low.name(Typed { f32: "channel_sum_f32", f16: "channel_sum_f16" });
+    low.launch(launch::reduction(name, pixels, shape.c, shape.n, args));
     low.sum_partials(partial, out, parts, shape.c);
 }
 
@@ -181,7 +214,9 @@ fn conv3x3(low: &mut Lowering, op: &Conv3x3, x: &Tensor, dy: &Tensor) {
         dy.plane_stride,
     ];
     let n = dy.shape.n;
-    low.launch(launch::reduction("conv3x3_backward_weight_f32", pixels, pairs, n, args));
+    let name =
+        low.name(Typed { f32: "conv3x3_backward_weight_f32", f16: "conv3x3_backward_weight_f16" });
+    low.launch(launch::reduction(name, pixels, pairs, n, args));
     let grad = low.grad(op.weight);
     low.sum_partials(partial, grad, parts, pairs * 9);
     if let Some(bias) = op.bias {
@@ -210,7 +245,7 @@ fn conv1x1(low: &mut Lowering, op: &Conv1x1, x: &Tensor, dy: &Tensor, dx: Option
         b: Matrix { transposed: true, ..planes_matrix(low, x) },
         c: matrix(partial, out * inp, false),
         beta: 0.0,
-        element: Element::F32,
+        element: low.element,
         result: Element::F32,
     });
     let grad = low.grad(op.weight);
@@ -225,12 +260,12 @@ fn conv1x1(low: &mut Lowering, op: &Conv1x1, x: &Tensor, dy: &Tensor, dx: Option
             n: x.shape.plane(),
             k: out,
             batch: n,
-            a: matrix(low.param(op.weight), 0, true),
+            a: matrix(low.param_stored(op.weight), 0, true),
             b: planes_matrix(low, dy),
             c: planes_matrix(low, &dx.tensor),
             beta: if dx.accumulate { 1.0 } else { 0.0 },
-            element: Element::F32,
-            result: Element::F32,
+            element: low.element,
+            result: low.element,
         });
     }
 }
@@ -270,7 +305,9 @@ fn batch_norm(
     let mut args = operands(low);
     args.extend(args![norm.saved.mean, partial, pixels]);
     args.extend(&operand_strides);
-    low.launch(launch::reduction("batch_norm_backward_sums_f32", pixels, shape.c, shape.n, args));
+    let name = low
+        .name(Typed { f32: "batch_norm_backward_sums_f32", f16: "batch_norm_backward_sums_f16" });
+    low.launch(launch::reduction(name, pixels, shape.c, shape.n, args));
 
     let args = args![
         partial,
@@ -299,7 +336,9 @@ fn batch_norm(
     args.extend(&operand_strides);
     args.extend(strides(Some(dx_like)));
     args.extend(strides(dresidual.map(|slot| slot.tensor)));
-    low.launch(launch::planes("batch_norm_backward_apply_f32", shape, args));
+    let name = low
+        .name(Typed { f32: "batch_norm_backward_apply_f32", f16: "batch_norm_backward_apply_f16" });
+    low.launch(launch::planes(name, shape, args));
 }
 
 /// A dense tensor of `shape` at a place of its own.
@@ -321,9 +360,9 @@ fn cascade(
     let (x, y, u, width) = (&step.inputs[0], &step.output, &step.saved[0], op.width());
     let saved = Saved::of(low, &step.saved[1]);
     let (fine, coarse) = (dense(x.shape.with_channels(width)), dense(y.shape.with_channels(width)));
-    let du = low.scratch(coarse.shape.len());
+    let du = low.scratch_stored(coarse.shape.len());
     // Where dx is added to, ds_i is needed apart from it.
-    let apart = dx.accumulate.then(|| low.scratch(fine.shape.len()));
+    let apart = dx.accumulate.then(|| low.scratch_stored(fine.shape.len()));
     let held = low.scratch;
     let mut carried: Option<(Place, Tensor)> = None;
     for i in (0..norms.len()).rev() {
@@ -360,7 +399,9 @@ fn cascade(
             ds.1.batch_stride,
             ds.1.plane_stride,
         ];
-        low.launch(launch::tiles("depthwise_backward_data_f32", x_i.shape, args));
+        let name = low
+            .name(Typed { f32: "depthwise_backward_data_f32", f16: "depthwise_backward_data_f16" });
+        low.launch(launch::tiles(name, x_i.shape, args));
         if apart.is_some() {
             let to = low.at(&dx_i);
             low.copy_places(ds.0, &ds.1, to, &dx_i, true);
@@ -398,7 +439,9 @@ fn depthwise_weight(
         du_like.batch_stride,
         du_like.plane_stride,
     ];
-    low.launch(launch::reduction("depthwise_backward_weight_f32", pixels, width, n, args));
+    let name = low
+        .name(Typed { f32: "depthwise_backward_weight_f32", f16: "depthwise_backward_weight_f16" });
+    low.launch(launch::reduction(name, pixels, width, n, args));
     let grad = low.grad(op.weights[i]);
     low.sum_partials(partial, grad, parts, width * 9);
 }
@@ -428,7 +471,9 @@ fn meu_fuse(low: &mut Lowering, step: &Step, dy: &Tensor, spatial: bool) {
             dca.tensor.batch_stride,
             dca.tensor.plane_stride,
         ];
-        low.launch(launch::block_per_plane("meu_fuse_backward_low_f32", l.shape, args));
+        let name =
+            low.name(Typed { f32: "meu_fuse_backward_low_f32", f16: "meu_fuse_backward_low_f16" });
+        low.launch(launch::block_per_plane(name, l.shape, args));
     }
     if let Some(dsa) = slot(3).filter(|_| spatial) {
         let args = args![
@@ -448,7 +493,11 @@ fn meu_fuse(low: &mut Lowering, step: &Step, dy: &Tensor, spatial: bool) {
             dsa.tensor.batch_stride,
         ];
         let shape = l.shape.with_channels(1);
-        low.launch(launch::tiles("meu_fuse_backward_spatial_f32", shape, args));
+        let name = low.name(Typed {
+            f32: "meu_fuse_backward_spatial_f32",
+            f16: "meu_fuse_backward_spatial_f16",
+        });
+        low.launch(launch::tiles(name, shape, args));
     }
     if let Some(dh) = slot(0) {
         let args = args![
@@ -466,6 +515,8 @@ fn meu_fuse(low: &mut Lowering, step: &Step, dy: &Tensor, spatial: bool) {
             dh.tensor.batch_stride,
             dh.tensor.plane_stride,
         ];
-        low.launch(launch::tiles("meu_fuse_backward_high_f32", h.shape, args));
+        let name = low
+            .name(Typed { f32: "meu_fuse_backward_high_f32", f16: "meu_fuse_backward_high_f16" });
+        low.launch(launch::tiles(name, h.shape, args));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::products::{self, dense_like};
 use super::{Lowering, Typed, act_code, args};
-use crate::backend::gpu::device::Place;
+use crate::backend::gpu::device::{Buffer, Place};
 use crate::backend::gpu::launch::{self, Arg, CascadeShape};
 use crate::graph::{ParamId, Step, Tensor};
 use crate::ops::batch_norm::{EPS, MOMENTUM};
@@ -161,6 +161,37 @@ fn conv3x3(low: &mut Lowering, op: &Conv3x3, x: &Tensor, y: &Tensor) {
     low.launch(launch::conv3x3_forward(name, y.shape, op.stride, args));
 }
 
+/// The stem over 8-bit RGB, where the network begins with one and nothing else reads its input.
+pub(super) fn stem_rgb(low: &mut Lowering, [rgb, normalisation]: [Buffer; 2]) -> bool {
+    let plan = low.plan;
+    let Some(Step { op: Op::Conv3x3(op), output: y, .. }) = plan.steps.first() else {
+        return false;
+    };
+    let readers = plan.steps.iter().filter(|step| step.inputs.contains(&plan.input));
+    if op.in_channels != 3 || readers.count() != 1 || plan.steps[0].inputs != [plan.input] {
+        return false;
+    }
+    let name = low.name(Typed { f32: "conv3x3_rgb_f32", f16: "conv3x3_rgb_f16" });
+    let args = args![
+        rgb,
+        normalisation,
+        low.param(op.weight),
+        op.bias.map(|b| low.param(b)),
+        low.at(y),
+        op.out_channels,
+        plan.input.shape.h,
+        plan.input.shape.w,
+        y.shape.h,
+        y.shape.w,
+        op.stride,
+        op.act == Act::Relu,
+        y.batch_stride,
+        y.plane_stride,
+    ];
+    low.launch(launch::conv3x3_forward(name, y.shape, op.stride, args));
+    true
+}
+
 /// Mean and 1 / sqrt(var + eps) of a batch norm's channels, as the forward leaves them.
 #[derive(Clone, Copy)]
 pub(super) struct Saved {
@@ -170,9 +201,9 @@ pub(super) struct Saved {
 
 impl Saved {
     /// A saved tensor 1 x 2 x 1 x C.
-    pub fn of(low: &Lowering, tensor: &Tensor) -> Self {
-        let mean = low.at(tensor);
-        Saved { mean, invstd: mean.offset(4 * tensor.plane_stride) }
+    pub fn of(low: &mut Lowering, tensor: &Tensor) -> Self {
+        let mean = low.statistics(tensor);
+        Saved { mean, invstd: mean.offset(4 * tensor.shape.w) }
     }
 
     /// The part from channel `c` on.
@@ -196,7 +227,9 @@ fn batch_norm(low: &mut Lowering, norm: &Norms, residual: Option<&Tensor>) {
     let pieces = launch::pieces(pixels);
     let partial = low.scratch(2 * shape.c * shape.n * pieces);
     let args = args![low.at(x), partial, pixels, x.batch_stride, x.plane_stride];
-    low.launch(launch::reduction("batch_norm_statistics_f32", pixels, shape.c, shape.n, args));
+    let name =
+        low.name(Typed { f32: "batch_norm_statistics_f32", f16: "batch_norm_statistics_f16" });
+    low.launch(launch::reduction(name, pixels, shape.c, shape.n, args));
     let args = args![
         partial,
         norm.saved.mean,
@@ -227,7 +260,8 @@ fn batch_norm(low: &mut Lowering, norm: &Norms, residual: Option<&Tensor>) {
         y.batch_stride,
         y.plane_stride,
     ];
-    low.launch(launch::planes("batch_norm_apply_f32", shape, args));
+    let name = low.name(Typed { f32: "batch_norm_apply_f32", f16: "batch_norm_apply_f16" });
+    low.launch(launch::planes(name, shape, args));
 }
 
 /// Folded cascade: all branches in one launch where a tile fits into shared memory, else branch by

@@ -4,6 +4,8 @@ mod backward;
 mod forward;
 mod products;
 
+use std::collections::HashMap;
+
 use super::device::{Buffer, Element, Place};
 use super::launch::{self, Arg, Command, Gemm, Launch};
 use super::variants::Variants;
@@ -28,14 +30,18 @@ pub struct Memory {
     pub params_half: Option<Buffer>,
     /// Gradients of the trainable parameters, f32.
     pub grads: Option<Buffer>,
-    /// Partial results of reductions, f32.
+    /// Adam's moments, f32.
+    pub moments: Option<[Buffer; 2]>,
+    /// Mean and 1 / sqrt(var + eps) of every batch norm, f32.
+    pub statistics: Buffer,
+    /// Partial results of reductions, f32; copies, as [`Element`].
     pub scratch: Buffer,
+    /// A batch of 8-bit RGB, N x H x W x 3, and what normalises it: three scales, three shifts (f32).
+    pub rgb: Option<[Buffer; 2]>,
     /// Labels of a batch: read by the loss, or written by the argmax.
     pub labels: Buffer,
-    /// One over the number of labelled pixels.
-    pub inverse_count: Buffer,
-    /// The loss.
-    pub loss: Buffer,
+    /// `Control` of kernels/control.cuh.
+    pub control: Buffer,
 }
 
 /// A plan as commands.
@@ -43,17 +49,31 @@ pub struct Memory {
 pub struct Program {
     /// Forward pass.
     pub forward: Vec<Command>,
+    /// The first commands of a forward pass over 8-bit RGB, in the place of the first step's; none
+    /// where the network does not begin with a convolution that can read it.
+    pub stem_rgb: Option<Vec<Command>>,
     /// End of each step's commands in `forward`.
     pub step_ends: Vec<usize>,
     /// Scores to labels ([`Mode::Labels`]).
     pub labels: Vec<Command>,
     /// Loss and gradients ([`Mode::Training`]).
     pub backward: Vec<Command>,
+    /// Adam from the gradients at hand ([`Mode::Training`]).
+    pub update: Vec<Command>,
     /// Bytes of scratch that the commands use.
     pub scratch_bytes: usize,
+    /// Bytes of [`Memory::statistics`] that they use.
+    pub statistics_bytes: usize,
 }
 
 impl Program {
+    /// The forward pass over 8-bit RGB, where there is one.
+    pub fn forward_rgb(&self) -> Option<Vec<Command>> {
+        let stem = self.stem_rgb.as_ref()?;
+        let rest = &self.forward[*self.step_ends.first()?..];
+        Some(stem.iter().chain(rest).cloned().collect())
+    }
+
     /// Commands of one forward step.
     pub fn step(&self, index: usize) -> &[Command] {
         let start = if index == 0 { 0 } else { self.step_ends[index - 1] };
@@ -87,6 +107,8 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         commands: Vec::new(),
         scratch: 0,
         scratch_peak: 0,
+        statistics: HashMap::new(),
+        statistics_bytes: 0,
     };
     let mut program = Program::default();
     let mut done = false;
@@ -103,6 +125,11 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         program.step_ends.push(lowering.commands.len());
     }
     program.forward = std::mem::take(&mut lowering.commands);
+    if let Some(rgb) = memory.rgb
+        && forward::stem_rgb(&mut lowering, rgb)
+    {
+        program.stem_rgb = Some(std::mem::take(&mut lowering.commands));
+    }
     if plan.mode == Mode::Labels {
         forward::labels(&mut lowering);
         program.labels = std::mem::take(&mut lowering.commands);
@@ -114,9 +141,13 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
             lowering.scratch = 0;
             backward::step(&mut lowering, step);
         }
+        backward::unscale(&mut lowering);
         program.backward = std::mem::take(&mut lowering.commands);
+        backward::update(&mut lowering);
+        program.update = std::mem::take(&mut lowering.commands);
     }
     program.scratch_bytes = lowering.scratch_peak;
+    program.statistics_bytes = lowering.statistics_bytes;
     Ok(program)
 }
 
@@ -157,6 +188,9 @@ struct Lowering<'a> {
     commands: Vec<Command>,
     scratch: usize,
     scratch_peak: usize,
+    /// Places of batch norms' statistics, by the offsets of their saved tensors.
+    statistics: HashMap<usize, usize>,
+    statistics_bytes: usize,
 }
 
 impl Lowering<'_> {
@@ -207,6 +241,23 @@ impl Lowering<'_> {
         self.scratch += (4 * len).next_multiple_of(ALIGN);
         self.scratch_peak = self.scratch_peak.max(self.scratch);
         place
+    }
+
+    /// Scratch for `len` elements of a tensor.
+    fn scratch_stored(&mut self, len: usize) -> Place {
+        self.scratch((len * self.element.size()).div_ceil(4))
+    }
+
+    /// Where a batch norm's saved tensor 1 x 2 x 1 x C is: in memory of its own, f32 whatever the
+    /// arena stores. All of a plan's saved tensors are alive at the loss, so no two share an offset.
+    fn statistics(&mut self, saved: &Tensor) -> Place {
+        let end = &mut self.statistics_bytes;
+        let byte_offset = *self.statistics.entry(saved.offset).or_insert_with(|| {
+            let start = *end;
+            *end += 4 * saved.shape.len();
+            start
+        });
+        Place { buffer: self.memory.statistics, byte_offset }
     }
 
     /// out[i] = sum over parts of partial[part][i].
