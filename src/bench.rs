@@ -5,9 +5,12 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::backend::Backend;
+use crate::backend::gpu::choice::Chosen;
+use crate::backend::gpu::{Element, cost};
+use crate::backend::{Backend, Mark, Output, Work};
 use crate::error::{Error, Result};
-use crate::graph::Plan;
+use crate::exec::Inference;
+use crate::graph::{Plan, Step};
 
 /// Distribution of a latency in milliseconds. Percentiles are interpolated linearly between the
 /// two nearest samples.
@@ -73,12 +76,42 @@ pub struct Report {
     pub precision: &'static str,
     /// CPU threads as asked for; none where left to the device.
     pub threads: Option<usize>,
-    /// Time per run of a batch, in milliseconds.
+    /// Time per run of a batch, in milliseconds: from the input in host memory to the result on the
+    /// device, or in host memory where `copies_included`.
     pub latency_ms: Latency,
+    /// Whether the result's copy to host memory is part of `latency_ms`.
+    pub copies_included: bool,
+    /// The input's copy to the device, conversion to its storage type included; null in training.
+    pub host_to_device_ms: Option<Latency>,
+    /// The forward pass alone, by the device's own clock where it has one; null in training.
+    pub compute_ms: Option<Latency>,
+    /// The result's copy to host memory; null in training, and for labels that a CPU computes where
+    /// they are wanted.
+    pub device_to_host_ms: Option<Latency>,
     /// Images per second at the mean latency.
     pub throughput_fps: f64,
     /// Multiply-accumulates of one forward pass of the batch, in units of 10^9.
     pub gmacs: f64,
+    /// Kernel launches of a forward pass; null on a device that runs operators, not commands.
+    pub launches: Option<usize>,
+    /// Matrix products of the BLAS library in a forward pass.
+    pub gemms: Option<usize>,
+    /// Whether the launches are replayed as one CUDA graph.
+    pub graph: Option<bool>,
+    /// Bytes that the commands of a forward pass read and write, counted from their shapes; null
+    /// where there are no commands to count.
+    pub bytes_moved: Option<u64>,
+    /// Time of those commands at the card's peak bandwidths and rates: a model's figure; null for a
+    /// card without a data sheet.
+    pub roofline_ms: Option<f64>,
+    /// `roofline_ms` over the median of `compute_ms`.
+    pub roofline_share: Option<f64>,
+    /// Memory reserved on a GPU, in bytes.
+    pub device_bytes: Option<u64>,
+    /// Choices of kernels and launch shapes, where the device has any.
+    pub variants: Option<String>,
+    /// Where the choices come from: `cache` (measured by `fpenet tune`), `model`, `environment`.
+    pub variants_from: Option<&'static str>,
     /// Arena of the memory plan at f32, in bytes.
     pub arena_bytes: u64,
     /// Largest resident set of the process so far, in bytes, where the system tells.
@@ -87,6 +120,120 @@ pub struct Report {
     pub warmup: usize,
     /// Every sample, in milliseconds, in order.
     pub samples_ms: Vec<f64>,
+    /// Forward passes alone, in milliseconds, in order; empty in training.
+    pub compute_samples_ms: Vec<f64>,
+    /// Time per layer, with `--profile`.
+    pub layers: Option<Vec<LayerTime>>,
+}
+
+impl Report {
+    /// Enters what the device says of its commands; `compute_ms` must be there already.
+    pub fn set_work(&mut self, work: Option<Work>) {
+        let Some(work) = work else { return };
+        self.launches = Some(work.launches);
+        self.gemms = Some(work.gemms);
+        self.graph = Some(work.replayed);
+        self.bytes_moved = Some(work.bytes);
+        self.roofline_ms = work.roofline_seconds.map(|seconds| seconds * 1e3);
+        let median = self.compute_ms.map(|latency| latency.median);
+        self.roofline_share = self.roofline_ms.zip(median).map(|(bound, median)| bound / median);
+        self.device_bytes = Some(work.reserved_bytes);
+    }
+}
+
+impl Report {
+    /// Enters the variants that the device runs with.
+    pub fn set_choice(&mut self, chosen: Option<&Chosen>) {
+        self.variants = chosen.map(|chosen| chosen.choice.variants.to_string());
+        self.variants_from = chosen.map(|chosen| chosen.source.name());
+    }
+}
+
+/// Samples of timed inferences, in milliseconds and in the order they were taken.
+#[derive(Debug, Clone, Default)]
+pub struct Samples {
+    /// By the host's clock, from the input in host memory to the output.
+    pub total: Vec<f64>,
+    /// Input to the device.
+    pub copy_in: Vec<f64>,
+    /// Forward pass.
+    pub compute: Vec<f64>,
+    /// Output to host memory; empty where nothing is copied by itself.
+    pub copy_out: Vec<f64>,
+}
+
+/// Runs a network `warmup` times untimed and `iterations` times timed; without an `output` the logits
+/// stay on the device. `tick` hears of each run that
+/// is over.
+///
+/// # Errors
+/// What the device says, or [`Error::Shape`] for an input or output of another length.
+pub fn sample_inference(
+    inference: &mut Inference,
+    input: &[f32],
+    mut output: Option<Output>,
+    (warmup, iterations): (usize, usize),
+    mut tick: impl FnMut(),
+) -> Result<Samples> {
+    let (plan, device) = inference.parts();
+    let mut samples = Samples::default();
+    for run in 0..warmup + iterations {
+        let start = Instant::now();
+        let begun = device.mark()?;
+        device.write(&plan.input, input)?;
+        let written = device.mark()?;
+        device.forward(plan)?;
+        let mut computed = device.mark()?;
+        let mut copied = None;
+        match &mut output {
+            None => {}
+            Some(Output::Logits(out)) => {
+                device.read(&plan.logits, out)?;
+                copied = Some(device.mark()?);
+            }
+            Some(Output::Labels(out)) => {
+                device.read_labels(plan, out)?;
+                let end = device.mark()?;
+                match device.labels_computed() {
+                    Some(mark) => (computed, copied) = (mark, Some(end)),
+                    None => computed = end,
+                }
+            }
+        }
+        device.synchronize()?;
+        let total = start.elapsed();
+        if run >= warmup {
+            let mut between = |from: Mark, to: Mark| device.between(from, to).map(milliseconds);
+            samples.total.push(milliseconds(total));
+            samples.copy_in.push(between(begun, written)?);
+            samples.compute.push(between(written, computed)?);
+            if let Some(copied) = copied {
+                samples.copy_out.push(between(computed, copied)?);
+            }
+        }
+        tick();
+    }
+    Ok(samples)
+}
+
+/// Times `count` copies of the logits to host memory, in milliseconds.
+///
+/// # Errors
+/// What the device says.
+pub fn sample_copy_out(inference: &mut Inference, count: usize) -> Result<Vec<f64>> {
+    let (plan, device) = inference.parts();
+    let mut out = vec![0.0; plan.logits.shape.len()];
+    let mut once = || {
+        let begun = device.mark()?;
+        device.read(&plan.logits, &mut out)?;
+        let copied = device.mark()?;
+        device.between(begun, copied).map(milliseconds)
+    };
+    (0..count).map(|_| once()).collect()
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 /// Runs `work` untimed, then timed, and returns the samples in milliseconds. `tick` hears of
@@ -113,23 +260,25 @@ pub fn sample(
     Ok(samples)
 }
 
-/// Runs the forward pass step by step and waits for the device after each; one time per step.
+/// Runs the forward pass step by step; one time per step, by the device's own clock where it has
+/// one. On a GPU each step's commands are launched by themselves between two events, so that a step
+/// shorter than its launches shows the time of the launches.
 ///
 /// # Errors
 /// What the device says.
 pub fn time_steps(plan: &Plan, device: &mut dyn Backend) -> Result<Vec<Duration>> {
     device.synchronize()?;
-    let time = |step| {
-        let start = Instant::now();
+    let mut marks = vec![device.mark()?];
+    for step in 0..plan.steps.len() {
         device.forward_step(plan, step)?;
-        device.synchronize()?;
-        Ok(start.elapsed())
-    };
-    (0..plan.steps.len()).map(time).collect()
+        marks.push(device.mark()?);
+    }
+    device.synchronize()?;
+    marks.windows(2).map(|pair| device.between(pair[0], pair[1])).collect()
 }
 
-/// Time of one step of a plan.
-#[derive(Debug, Clone)]
+/// Time of one step of a plan; an element of `layers` in `bench --profile --json`.
+#[derive(Debug, Clone, Serialize)]
 pub struct LayerTime {
     /// Node name.
     pub name: String,
@@ -137,12 +286,26 @@ pub struct LayerTime {
     pub kind: &'static str,
     /// Output, N x C x H x W.
     pub shape: String,
-    /// Mean time per run.
-    pub mean: Duration,
+    /// Mean time per run, in milliseconds.
+    pub mean_ms: f64,
     /// Fraction of the sum over all steps.
     pub share: f64,
+    /// Multiply-accumulates.
+    pub macs: u64,
+    /// Bytes of operands, result and parameters, each once: counted, not measured.
+    pub bytes: u64,
+}
+
+impl LayerTime {
     /// Billions of multiply-accumulates per second.
-    pub gmacs_per_second: f64,
+    pub fn gmacs_per_second(&self) -> f64 {
+        self.macs as f64 / 1e6 / self.mean_ms.max(1e-6)
+    }
+
+    /// Billions of bytes per second.
+    pub fn gigabytes_per_second(&self) -> f64 {
+        self.bytes as f64 / 1e6 / self.mean_ms.max(1e-6)
+    }
 }
 
 /// Adds up times per step over many runs.
@@ -164,39 +327,32 @@ impl Profile {
         self.totals.iter_mut().zip(times).for_each(|(total, time)| *total += *time);
     }
 
-    /// Steps by time, the slowest first.
-    pub fn layers(&self, plan: &Plan) -> Vec<LayerTime> {
+    /// Steps by time, the slowest first; tensors are stored as `element`.
+    pub fn layers(&self, plan: &Plan, element: Element) -> Vec<LayerTime> {
         let sum = self.totals.iter().sum::<Duration>().as_secs_f64();
-        let mut layers: Vec<LayerTime> = plan
-            .steps
-            .iter()
-            .zip(&self.totals)
-            .map(|(step, &total)| {
-                let mean = total / self.runs.max(1);
-                let inputs: Vec<_> = step.inputs.iter().map(|t| t.shape).collect();
-                let macs = step.op.cost(&inputs, step.output.shape).macs;
-                LayerTime {
-                    name: step.name.clone(),
-                    kind: step.op.kind(),
-                    shape: step.output.shape.to_string(),
-                    mean,
-                    share: total.as_secs_f64() / sum.max(f64::MIN_POSITIVE),
-                    gmacs_per_second: macs as f64 / 1e9 / mean.as_secs_f64().max(1e-9),
-                }
-            })
-            .collect();
-        layers.sort_by_key(|layer| std::cmp::Reverse(layer.mean));
+        let layer = |(step, &total): (&Step, &Duration)| LayerTime {
+            name: step.name.clone(),
+            kind: step.op.kind(),
+            shape: step.output.shape.to_string(),
+            mean_ms: milliseconds(total) / f64::from(self.runs.max(1)),
+            share: total.as_secs_f64() / sum.max(f64::MIN_POSITIVE),
+            macs: step_macs(step),
+            bytes: cost::step_bytes(plan, step, element),
+        };
+        let mut layers: Vec<LayerTime> = plan.steps.iter().zip(&self.totals).map(layer).collect();
+        layers.sort_by(|a, b| b.mean_ms.total_cmp(&a.mean_ms));
         layers
     }
 }
 
 /// Multiply-accumulates of a plan's forward pass.
 pub fn macs(plan: &Plan) -> u64 {
-    let cost = |step: &crate::graph::Step| {
-        let inputs: Vec<_> = step.inputs.iter().map(|t| t.shape).collect();
-        step.op.cost(&inputs, step.output.shape).macs
-    };
-    plan.steps.iter().map(cost).sum()
+    plan.steps.iter().map(step_macs).sum()
+}
+
+fn step_macs(step: &Step) -> u64 {
+    let inputs: Vec<_> = step.inputs.iter().map(|t| t.shape).collect();
+    step.op.cost(&inputs, step.output.shape).macs
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::gpu::GpuBackend;
+use crate::backend::gpu::choice::Cache;
 use crate::backend::gpu::cuda::CudaDevice;
+use crate::backend::gpu::{GpuBackend, GpuDevice};
 use crate::error::{Error, Result};
 
 /// `--device`.
@@ -63,11 +64,35 @@ pub fn open(
     precision: Precision,
     threads: Option<usize>,
 ) -> Result<Box<dyn Backend>> {
+    open_with(device, precision, threads, None)
+}
+
+/// [`open`], with the variants of a GPU's kernels chosen by what `fpenet tune` measured on the card
+/// for the shape at hand, or else by the cost model.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn open_tuned(
+    device: DeviceChoice,
+    precision: Precision,
+    threads: Option<usize>,
+) -> Result<Box<dyn Backend>> {
+    // Without a cache directory the folder is one that cannot exist: the model chooses.
+    let cache = Cache::of_user().unwrap_or_else(|| Cache::at("/dev/null/fpenet"));
+    open_with(device, precision, threads, Some(cache))
+}
+
+fn open_with(
+    device: DeviceChoice,
+    precision: Precision,
+    threads: Option<usize>,
+    cache: Option<Cache>,
+) -> Result<Box<dyn Backend>> {
     match device {
-        DeviceChoice::Auto => open_cuda(precision).or_else(|_| open_cpu(precision, threads)),
+        DeviceChoice::Auto => open_cuda(precision, cache).or_else(|_| open_cpu(precision, threads)),
         DeviceChoice::Cpu => open_cpu(precision, threads),
-        DeviceChoice::Cuda => open_cuda(precision),
-        DeviceChoice::Emulated => open_emulated(precision),
+        DeviceChoice::Cuda => open_cuda(precision, cache),
+        DeviceChoice::Emulated => open_emulated(precision, cache),
     }
 }
 
@@ -104,12 +129,13 @@ fn open_cpu(precision: Precision, threads: Option<usize>) -> Result<Box<dyn Back
 }
 
 #[cfg(emulated_kernels)]
-fn open_emulated(precision: Precision) -> Result<Box<dyn Backend>> {
-    Ok(crate::backend::gpu::emulated::open(precision))
+fn open_emulated(precision: Precision, cache: Option<Cache>) -> Result<Box<dyn Backend>> {
+    let device = crate::backend::gpu::emulated::Emulated::default();
+    Ok(with_cache(GpuBackend::new(device, precision), cache))
 }
 
 #[cfg(not(emulated_kernels))]
-fn open_emulated(_precision: Precision) -> Result<Box<dyn Backend>> {
+fn open_emulated(_: Precision, _: Option<Cache>) -> Result<Box<dyn Backend>> {
     Err(Error::Device {
         device: "emulated".into(),
         problem: "this build does not hold the emulated kernels".into(),
@@ -117,6 +143,16 @@ fn open_emulated(_precision: Precision) -> Result<Box<dyn Backend>> {
     })
 }
 
-fn open_cuda(precision: Precision) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(GpuBackend::new(CudaDevice::open()?, precision)))
+fn open_cuda(precision: Precision, cache: Option<Cache>) -> Result<Box<dyn Backend>> {
+    Ok(with_cache(GpuBackend::new(CudaDevice::open()?, precision), cache))
+}
+
+fn with_cache<D: GpuDevice + 'static>(
+    backend: GpuBackend<D>,
+    cache: Option<Cache>,
+) -> Box<dyn Backend> {
+    match cache {
+        Some(cache) => Box::new(backend.with_cache(cache)),
+        None => Box::new(backend),
+    }
 }

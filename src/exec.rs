@@ -4,8 +4,29 @@ use crate::backend::{AdamStep, Backend, Counters, Images, Output, Rgb, State};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::passes::{self, Rewrites};
-use crate::graph::{Graph, Mode, ParamStore, Plan, Shape};
+use crate::graph::{Graph, Mode, ParamStore, Plan, PlaneLayout, Shape};
 use crate::model::Model;
+
+/// Folds and fuses a model's graph as a device wants it, and plans its memory for n x 3 x h x w;
+/// returns the parameters that the plan refers to as well.
+///
+/// # Errors
+/// [`Error::Usage`] for an unusable size or mode.
+pub fn plan_inference(
+    model: &Model,
+    (layout, rewrites): (PlaneLayout, Rewrites),
+    size: (usize, usize, usize),
+    mode: Mode,
+) -> Result<(Plan, ParamStore)> {
+    if mode == Mode::Training {
+        return Err(Error::Usage("inference cannot run a training plan".into()));
+    }
+    let graph = Graph::fpenet(&model.config)?;
+    // The rewrites leave no decoder to inspect.
+    let rewrites = if mode == Mode::Inspect { Rewrites::NONE } else { rewrites };
+    let (graph, params) = passes::for_inference_with(&graph, &model.params, rewrites);
+    Ok((Plan::new(&graph, size, mode, layout)?, params))
+}
 
 /// A model ready to run on one device for inputs of one shape.
 pub struct Inference {
@@ -32,14 +53,8 @@ impl Inference {
         w: usize,
         mode: Mode,
     ) -> Result<Self> {
-        if mode == Mode::Training {
-            return Err(Error::Usage("inference cannot run a training plan".into()));
-        }
-        let graph = Graph::fpenet(&model.config)?;
-        // The rewrites leave no decoder to inspect.
-        let rewrites = if mode == Mode::Inspect { Rewrites::NONE } else { backend.rewrites() };
-        let (graph, params) = passes::for_inference_with(&graph, &model.params, rewrites);
-        let plan = Plan::new(&graph, (n, h, w), mode, backend.layout())?;
+        let wanted = (backend.layout(), backend.rewrites());
+        let (plan, params) = plan_inference(model, wanted, (n, h, w), mode)?;
         backend.prepare(&plan)?;
         backend.write_state(State::Params, &params.values)?;
         let (mean, std) = (model.mean, model.std);

@@ -28,6 +28,7 @@ pub mod segment;
 pub mod selftest;
 pub mod stream;
 pub mod train;
+pub mod tune;
 pub mod view;
 
 pub use config::ModelConfig;

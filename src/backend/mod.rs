@@ -8,9 +8,12 @@ pub use images::{Images, Output, Rgb};
 
 pub use crate::device::{DeviceChoice, DeviceReport, Precision, list, open};
 
+use std::time::{Duration, Instant};
+
+use self::gpu::choice::{Choice, Chosen, Key};
+use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
 use crate::graph::passes::Rewrites;
 use crate::graph::{Plan, PlaneLayout, Tensor};
 
@@ -81,6 +84,50 @@ pub enum State {
     Moment1,
     /// Adam's second moment, as long as the gradients.
     Moment2,
+}
+
+/// A moment in a device's order of work: when everything asked before it is done.
+#[derive(Debug, Clone, Copy)]
+pub enum Mark {
+    /// On the host's clock, of a device that has done its work when a call returns.
+    Host(Instant),
+    /// An event of the device, by the number it was given.
+    Event(u32),
+}
+
+impl Mark {
+    /// Time between two marks of the host's clock.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a mark of another clock.
+    pub fn host_time(from: Mark, to: Mark) -> Result<Duration> {
+        match (from, to) {
+            (Mark::Host(from), Mark::Host(to)) => Ok(to.saturating_duration_since(from)),
+            _ => Err(Error::Usage(format!("{from:?} and {to:?} are not marks of this device"))),
+        }
+    }
+}
+
+/// What a prepared forward pass asks of its device, counted from the commands' shapes; nothing in
+/// it is measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Work {
+    /// Kernel launches.
+    pub launches: usize,
+    /// Matrix products, each a call of the BLAS library.
+    pub gemms: usize,
+    /// Whether the commands are recorded once and replayed with one call (a CUDA graph).
+    pub replayed: bool,
+    /// Bytes that the commands read and write: each operand once per command, and what blocks of a
+    /// kernel read again.
+    pub bytes: u64,
+    /// Floating-point operations, two per multiply-accumulate.
+    pub flops: u64,
+    /// Seconds that the commands take at the device's peak bandwidths and rates, where those are
+    /// known: the roofline, without launch costs.
+    pub roofline_seconds: Option<f64>,
+    /// Memory reserved on the device.
+    pub reserved_bytes: u64,
 }
 
 /// A device that runs plans. One backend serves one plan at a time: [`Backend::prepare`] makes
@@ -204,4 +251,56 @@ pub trait Backend: Send {
 
     /// Waits until the device has done everything asked so far.
     fn synchronize(&mut self) -> Result<()>;
+
+    /// Notes this moment, for [`Backend::between`]. Does not wait.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn mark(&mut self) -> Result<Mark> {
+        Ok(Mark::Host(Instant::now()))
+    }
+
+    /// Time from one mark to a later one, on the device's own clock where it has one; waits for the
+    /// later one.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for marks of another device, or what the device says.
+    fn between(&mut self, from: Mark, to: Mark) -> Result<Duration> {
+        Mark::host_time(from, to)
+    }
+
+    /// When the last [`Backend::read_labels`] had computed the labels and began to copy them; none
+    /// where they are computed straight into host memory.
+    fn labels_computed(&self) -> Option<Mark> {
+        None
+    }
+
+    /// What the prepared forward pass of `plan` amounts to, of a device that runs commands; for a
+    /// plan of labels with the commands that make them.
+    fn work(&self, plan: &Plan) -> Option<Work> {
+        let _ = plan;
+        None
+    }
+
+    /// Fixes the variants of plans prepared from now on; of no effect on a device without any.
+    fn choose(&mut self, choice: Choice) {
+        let _ = choice;
+    }
+
+    /// What the prepared plan runs with, on a device that has variants.
+    fn chosen(&self) -> Option<&Chosen> {
+        None
+    }
+
+    /// What a choice measured here for `plan` holds for; none on a device without variants.
+    fn tuning_key(&self, plan: &Plan) -> Option<Key> {
+        let _ = plan;
+        None
+    }
+
+    /// Whether command sequences may be recorded and replayed (CUDA graphs), which is the default;
+    /// of no effect on a device that does not record. What is recorded already is dropped.
+    fn use_graphs(&mut self, on: bool) {
+        let _ = on;
+    }
 }

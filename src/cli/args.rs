@@ -60,6 +60,11 @@ impl DeviceArgs {
         device::open(self.device, self.precision, self.threads)
     }
 
+    /// Opens the device with what `fpenet tune` found for it.
+    pub fn open_tuned(&self) -> Result<Box<dyn Backend>> {
+        device::open_tuned(self.device, self.precision, self.threads)
+    }
+
     /// An opened device (its kind and name) in words, and for `auto` why it is this one.
     pub fn explain(&self, (kind, name): (&str, &str)) -> String {
         let why = match (self.device, kind) {

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use fpenet::backend::AdamStep;
-use fpenet::bench::{self, Latency, Profile, Report};
+use fpenet::backend::gpu::Element;
+use fpenet::backend::gpu::choice::Chosen;
+use fpenet::backend::{AdamStep, Output, Precision};
+use fpenet::bench::{self, Latency, LayerTime, Profile, Report, Samples};
 use fpenet::exec::{Inference, Training};
 use fpenet::graph::{Mode, Plan};
 use fpenet::{Error, Model, ModelConfig, files, memory};
@@ -17,9 +19,10 @@ use crate::say;
 /// Options of `fpenet bench`.
 #[derive(clap::Args)]
 #[command(after_help = "One sample is the time from an input in host memory to the logits at the \
-    input's resolution on the device, or with --argmax to the labels in host memory; with --train \
-    it is one step (forward, backward, Adam) to the loss in host memory. Inputs are random, the \
-    same at every run.")]
+    input's resolution on the device, with --include-copies to the logits in host memory, or with \
+    --argmax to the labels in host memory; with --train it is one step (forward, backward, Adam) to \
+    the loss in host memory. Copy in, forward pass and copy out are timed apart as well, on a GPU \
+    by its own clock. Inputs are random, the same at every run.")]
 pub struct Args {
     /// Input size [default: 1024x512, with --train 480x360]
     #[arg(long, value_name = "WxH")]
@@ -39,10 +42,16 @@ pub struct Args {
     /// Measure up to the labels instead of the logits
     #[arg(long, conflicts_with = "train")]
     pub argmax: bool,
+    /// Count the logits' copy to host memory into the latency, as the labels' always is
+    #[arg(long, conflicts_with_all = ["train", "argmax"])]
+    pub include_copies: bool,
+    /// Launch every command by itself instead of replaying a CUDA graph; of no effect on a CPU
+    #[arg(long)]
+    pub no_graph: bool,
     /// Time training steps instead of inference
     #[arg(long)]
     pub train: bool,
-    /// Time every layer by itself, which adds a wait for the device between layers
+    /// Time every layer by itself, with its bytes and multiply-accumulates
     #[arg(long, conflicts_with = "train")]
     pub profile: bool,
     /// Write the figures to this file
@@ -118,35 +127,56 @@ fn random_input(job: &Job) -> Vec<f32> {
 fn infer(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     let Size { width, height } = job.size;
     let mode = if args.argmax { Mode::Labels } else { Mode::Logits };
-    let backend = args.device.open()?;
+    let mut backend = args.device.open_tuned()?;
+    if args.no_graph {
+        backend.use_graphs(false);
+    }
     let device = (backend.kind(), backend.describe());
     let mut inference = Inference::new(model, backend, job.batch, height, width, mode)?;
     introduce(args, model, job, &device)?;
+    let chosen = inference.backend().chosen().cloned();
+    introduce_choice(chosen.as_ref())?;
 
     let input = random_input(job);
+    let logits = if args.include_copies { inference.plan().logits.shape.len() } else { 0 };
+    let mut logits = vec![0.0; logits];
     let mut labels = vec![0; if args.argmax { job.batch * width * height } else { 0 }];
+    let output = match (args.argmax, args.include_copies) {
+        (true, _) => Some(Output::Labels(&mut labels)),
+        (false, true) => Some(Output::Logits(&mut logits)),
+        (false, false) => None,
+    };
+    let apart = output.is_none();
     let bar = progress(job);
-    let samples = bench::sample(
-        job.warmup,
-        job.iterations,
-        || {
-            inference.run(&input)?;
-            if args.argmax { inference.labels(&mut labels) } else { Ok(()) }
-        },
-        || bar.inc(1),
-    )?;
+    let runs = (job.warmup, job.iterations);
+    let mut samples = bench::sample_inference(&mut inference, &input, output, runs, || bar.inc(1))?;
     bar.finish_and_clear();
-    finish(args, job, &device, samples, inference.plan())?;
-    if args.profile { profile(&mut inference, job, &input) } else { Ok(()) }
+    if apart {
+        // Not among the runs: so large a copy would empty the caches for the run after it.
+        samples.copy_out = bench::sample_copy_out(&mut inference, job.iterations.min(10))?;
+    }
+    let mut report = report(args, job, &device, samples, inference.plan())?;
+    report.copies_included = args.argmax || args.include_copies;
+    report.set_choice(chosen.as_ref());
+    report.set_work(inference.backend().work(inference.plan()));
+    if args.profile {
+        report.layers = Some(profile(&mut inference, job, &input, args.device.precision)?);
+    }
+    finish(args, job, &report)
 }
 
 fn train(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     let Size { width, height } = job.size;
-    let backend = args.device.open()?;
+    let mut backend = args.device.open_tuned()?;
+    if args.no_graph {
+        backend.use_graphs(false);
+    }
     let device = (backend.kind(), backend.describe());
     let mut training =
         Training::new(&model.config, &model.params, backend, job.batch, height, width)?;
     introduce(args, model, job, &device)?;
+    let chosen = training.backend().chosen().cloned();
+    introduce_choice(chosen.as_ref())?;
 
     let input = random_input(job);
     let mut rng = ChaCha8Rng::seed_from_u64(SEED + 1);
@@ -170,7 +200,11 @@ fn train(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
         || bar.inc(1),
     )?;
     bar.finish_and_clear();
-    finish(args, job, &device, samples, training.plan())
+    let samples = Samples { total: samples, ..Samples::default() };
+    let mut report = report(args, job, &device, samples, training.plan())?;
+    report.copies_included = true;
+    report.set_choice(chosen.as_ref());
+    finish(args, job, &report)
 }
 
 fn progress(job: &Job) -> indicatif::ProgressBar {
@@ -208,15 +242,26 @@ fn introduce(
     Ok(())
 }
 
-fn finish(
+/// The variants that run, and a file of the cache that could not be used.
+fn introduce_choice(chosen: Option<&Chosen>) -> anyhow::Result<()> {
+    let Some(chosen) = chosen else { return Ok(()) };
+    if let Some(warning) = &chosen.warning {
+        super::warn(warning);
+    }
+    say!("variants    {} ({})", chosen.choice.variants, chosen.source.name())?;
+    Ok(())
+}
+
+fn report(
     args: &Args,
     job: &Job,
     (kind, name): &(&'static str, String),
-    samples: Vec<f64>,
+    samples: Samples,
     plan: &Plan,
-) -> anyhow::Result<()> {
-    let latency = Latency::of(&samples)?;
-    let report = Report {
+) -> anyhow::Result<Report> {
+    let latency = Latency::of(&samples.total)?;
+    let part = |samples: &[f64]| Latency::of(samples).ok();
+    Ok(Report {
         version: env!("CARGO_PKG_VERSION"),
         device: kind.to_string(),
         device_name: name.clone(),
@@ -226,17 +271,35 @@ fn finish(
         precision: args.device.precision.name(),
         threads: args.device.threads,
         latency_ms: latency,
+        copies_included: false,
+        host_to_device_ms: part(&samples.copy_in),
+        compute_ms: part(&samples.compute),
+        device_to_host_ms: part(&samples.copy_out),
         throughput_fps: job.batch as f64 * 1e3 / latency.mean,
         gmacs: bench::macs(plan) as f64 / 1e9,
+        launches: None,
+        gemms: None,
+        graph: None,
+        bytes_moved: None,
+        roofline_ms: None,
+        roofline_share: None,
+        device_bytes: None,
+        variants: None,
+        variants_from: None,
         arena_bytes: plan.arena_bytes() as u64,
         peak_rss_bytes: memory::peak_rss_bytes(),
         warmup: job.warmup,
-        samples_ms: samples,
-    };
-    let Latency { min, mean, median, p90, p95, p99 } = latency;
+        samples_ms: samples.total,
+        compute_samples_ms: samples.compute,
+        layers: None,
+    })
+}
+
+fn finish(args: &Args, job: &Job, report: &Report) -> anyhow::Result<()> {
+    let Latency { min, mean, median, p90, p95, p99 } = report.latency_ms;
     say!(
-        "latency ms  min {min:.2}, mean {mean:.2}, median {median:.2}, p90 {p90:.2}, \
-         p95 {p95:.2}, p99 {p99:.2} ({} runs after {} untimed)",
+        "latency ms  min {min:.3}, mean {mean:.3}, median {median:.3}, p90 {p90:.3}, \
+         p95 {p95:.3}, p99 {p99:.3} ({} runs after {} untimed)",
         job.iterations,
         job.warmup
     )?;
@@ -246,59 +309,123 @@ fn finish(
         report.gmacs * 1e3 / mean,
         report.gmacs
     )?;
+    if let Some(compute) = report.compute_ms {
+        let part = |latency: Option<Latency>| match latency {
+            Some(latency) => format!("{:.3}", latency.median),
+            None => "none".into(),
+        };
+        let apart = if report.copies_included { "" } else { ", the last not in the latency" };
+        say!(
+            "medians ms  host to device {}, compute {:.3}, device to host {}{apart}",
+            part(report.host_to_device_ms),
+            compute.median,
+            part(report.device_to_host_ms)
+        )?;
+    }
+    commands(report)?;
     let mib = |bytes: Option<u64>| match bytes {
         Some(bytes) => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
         None => "unknown".into(),
     };
+    let device = match report.device_bytes {
+        Some(bytes) => format!(", reserved on the device {}", mib(Some(bytes))),
+        None => String::new(),
+    };
     say!(
-        "memory      arena {}, peak resident {}",
+        "memory      arena {}{device}, peak resident {}",
         mib(Some(report.arena_bytes)),
         mib(report.peak_rss_bytes)
     )?;
+    if let Some(layers) = &report.layers {
+        table(layers)?;
+    }
     if let Some(path) = &args.json {
         files::write_atomic(path, |file| {
-            serde_json::to_writer_pretty(&mut *file, &report)?;
+            serde_json::to_writer_pretty(&mut *file, report)?;
             file.write_all(b"\n")
         })?;
     }
     Ok(())
 }
 
-fn profile(inference: &mut Inference, job: &Job, input: &[f32]) -> anyhow::Result<()> {
+/// What the device is asked for, where it runs commands.
+fn commands(report: &Report) -> anyhow::Result<()> {
+    let (Some(launches), Some(gemms), Some(bytes)) =
+        (report.launches, report.gemms, report.bytes_moved)
+    else {
+        return Ok(());
+    };
+    let how = if report.graph == Some(true) { ", replayed as one CUDA graph" } else { "" };
+    let roofline = match (report.roofline_ms, report.roofline_share) {
+        (Some(bound), Some(share)) => {
+            format!(
+                "roofline {bound:.3} ms by the card's data sheet, reached {:.1} %",
+                share * 100.0
+            )
+        }
+        _ => "no data sheet of this device, so no roofline".into(),
+    };
+    say!(
+        "commands    {launches} launches and {gemms} matrix products{how}; {:.1} MB moved (counted); \
+         {roofline}",
+        bytes as f64 / 1e6
+    )?;
+    Ok(())
+}
+
+fn profile(
+    inference: &mut Inference,
+    job: &Job,
+    input: &[f32],
+    precision: Precision,
+) -> anyhow::Result<Vec<LayerTime>> {
     let mut profile = Profile::new(inference.plan().steps.len());
     let (plan, device) = inference.parts();
-    device.write(&plan.input, input)?;
     for run in 0..job.warmup + job.iterations {
+        // Anew each time: the arena has other tensors in the input's place by the end.
+        device.write(&plan.input, input)?;
         let times = bench::time_steps(plan, device)?;
         if run >= job.warmup {
             profile.add(&times);
         }
     }
-    let layers = profile.layers(inference.plan());
-    let name = |layer: &bench::LayerTime| layer.name.len();
-    let width = layers.iter().map(name).max().unwrap_or(0);
+    let element = match precision {
+        Precision::F32 => Element::F32,
+        Precision::F16 => Element::F16,
+    };
+    Ok(profile.layers(plan, element))
+}
+
+fn table(layers: &[LayerTime]) -> anyhow::Result<()> {
+    let width = layers.iter().map(|layer| layer.name.len()).max().unwrap_or(0);
     say!("")?;
     say!(
-        "{:<width$}  {:<12}  {:>20}  {:>8}  {:>6}  {:>7}",
+        "{:<width$}  {:<12}  {:>20}  {:>8}  {:>6}  {:>8}  {:>7}  {:>8}  {:>7}",
         "layer",
         "operator",
         "output",
         "ms",
         "share",
-        "GMAC/s"
+        "MMAC",
+        "GMAC/s",
+        "MB",
+        "GB/s"
     )?;
-    for layer in &layers {
+    for layer in layers {
         say!(
-            "{:<width$}  {:<12}  {:>20}  {:>8.3}  {:>5.1}%  {:>7.1}",
+            "{:<width$}  {:<12}  {:>20}  {:>8.3}  {:>5.1}%  {:>8.1}  {:>7.1}  {:>8.2}  {:>7.1}",
             layer.name,
             layer.kind,
             layer.shape,
-            layer.mean.as_secs_f64() * 1e3,
+            layer.mean_ms,
             layer.share * 100.0,
-            layer.gmacs_per_second
+            layer.macs as f64 / 1e6,
+            layer.gmacs_per_second(),
+            layer.bytes as f64 / 1e6,
+            layer.gigabytes_per_second()
         )?;
     }
-    let total: f64 = layers.iter().map(|l| l.mean.as_secs_f64() * 1e3).sum();
+    let total: f64 = layers.iter().map(|layer| layer.mean_ms).sum();
     say!("{:<width$}  {:<12}  {:>20}  {total:>8.3}  {:>5.1}%", "sum", "", "", 100.0)?;
     Ok(())
 }

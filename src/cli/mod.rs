@@ -15,6 +15,7 @@ mod selftest;
 mod stream;
 mod summary;
 mod train;
+mod tune;
 mod view;
 
 use std::io::{self, Write};
@@ -55,6 +56,8 @@ enum Command {
     Summary(summary::Args),
     /// Measure latency and throughput
     Bench(bench::Args),
+    /// Measure the variants of the GPU kernels on this card and keep the fastest
+    Tune(Box<tune::Args>),
     /// List the devices that can run the network
     Devices(devices::Args),
     /// Compare every operator of a GPU with the CPU on random inputs
@@ -82,6 +85,7 @@ pub fn main() -> ExitCode {
         Command::Import(args) => import::run(*args),
         Command::Summary(args) => summary::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Tune(args) => tune::run(*args),
         Command::Devices(args) => devices::run(args),
         Command::Selftest(args) => selftest::run(args),
         Command::View(args) => view::run(args),
@@ -111,10 +115,19 @@ macro_rules! say {
 
 /// `error: ...` on stderr, on one line whatever the message holds.
 pub fn report(message: &str) {
+    line("error", message);
+}
+
+/// `warning: ...` on stderr, likewise.
+pub fn warn(message: &str) {
+    line("warning", message);
+}
+
+fn line(kind: &str, message: &str) {
     let line = message.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty());
     let line = line.collect::<Vec<_>>().join(" ");
     // Where stderr is closed there is nobody to tell.
-    let _ = writeln!(io::stderr(), "error: {line}");
+    let _ = writeln!(io::stderr(), "{kind}: {line}");
 }
 
 /// The error with its causes, leaving out causes that the text already quotes.

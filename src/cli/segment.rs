@@ -70,6 +70,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     pipeline::run(items, &mut segmenter, requested, &args.out, |item, result| {
         totals.add(item, result, &model.classes);
     });
+    segmenter.warnings().iter().for_each(|warning| super::warn(warning));
     if fresh && totals.segmented == 0 {
         // Only where it is still empty: nothing was asked of it, nothing is left of it.
         let _ = std::fs::remove_dir(&args.out);

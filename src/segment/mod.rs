@@ -47,6 +47,7 @@ pub struct Segmenter<'a> {
     kept: Vec<Kept>,
     /// Sizes of the photos under way, all of them in the executor used last.
     under_way: VecDeque<(u32, u32)>,
+    warnings: Vec<String>,
 }
 
 struct Kept {
@@ -64,7 +65,14 @@ impl<'a> Segmenter<'a> {
     /// device and precision that does not exist.
     pub fn new(model: &'a Model, settings: Settings) -> Result<Self> {
         let spare = Some(open(settings)?);
-        Ok(Segmenter { model, settings, spare, kept: Vec::new(), under_way: VecDeque::new() })
+        let (kept, warnings) = (Vec::new(), Vec::new());
+        Ok(Segmenter { model, settings, spare, kept, under_way: VecDeque::new(), warnings })
+    }
+
+    /// What went wrong so far without being a reason to stop: files of the tuner's cache that could
+    /// not be used.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// The device: kind as on the command line, and in words.
@@ -202,6 +210,8 @@ impl<'a> Segmenter<'a> {
                     None => open(self.settings)?,
                 };
                 let inference = Inference::new(self.model, backend, 1, height, width, mode)?;
+                let chosen = inference.backend().chosen();
+                self.warnings.extend(chosen.and_then(|chosen| chosen.warning.clone()));
                 Kept { width, height, mode, inference }
             }
         };
@@ -223,5 +233,5 @@ fn mode(network: NetworkSize, (width, height): (u32, u32)) -> Mode {
 }
 
 fn open(Settings { device, precision, threads }: Settings) -> Result<Box<dyn Backend>> {
-    device::open(device, precision, threads)
+    device::open_tuned(device, precision, threads)
 }

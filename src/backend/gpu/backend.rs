@@ -1,13 +1,20 @@
 //! [`Backend`] for any [`GpuDevice`]: memory, transfers, and which commands run when.
 
+use std::time::Duration;
+
 use half::f16;
 
 use super::Command;
+use super::cards::{self, Card};
+use super::choice::{self, Cache, Choice, Chosen, Key, Source};
 use super::control::{self, Hyper, Run};
+use super::cost;
 use super::device::{Buffer, Element, GpuDevice, LANES, Place};
 use super::lower::{self, Memory, Program, Target};
 use super::variants::Variants;
-use crate::backend::{AdamStep, Backend, Counters, Images, Output, Precision, Rgb, State};
+use crate::backend::{
+    AdamStep, Backend, Counters, Images, Mark, Output, Precision, Rgb, State, Work,
+};
 use crate::error::{Error, Result};
 use crate::graph::{Mode, Plan, Tensor};
 
@@ -29,7 +36,13 @@ pub struct GpuBackend<D> {
     device: D,
     precision: Precision,
     variants: Option<Variants>,
+    /// Whether to record sequences, where the caller has decided.
+    graphs: Option<bool>,
+    /// Where to look for measured choices.
+    cache: Option<Cache>,
+    chosen: Option<Chosen>,
     prepared: Option<Prepared>,
+    labels_computed: Option<Mark>,
 }
 
 /// Memory and commands of the plan at hand.
@@ -50,18 +63,57 @@ struct Prepared {
     pixels: usize,
     classes: usize,
     labels_written: bool,
+    reserved_bytes: usize,
 }
 
 impl<D: GpuDevice> GpuBackend<D> {
     /// A backend on an opened device.
     pub fn new(device: D, precision: Precision) -> Self {
-        GpuBackend { device, precision, variants: None, prepared: None }
+        GpuBackend {
+            // A device that does not record (by an environment variable) is not made to.
+            graphs: (!device.records()).then_some(false),
+            device,
+            precision,
+            variants: None,
+            cache: None,
+            chosen: None,
+            prepared: None,
+            labels_computed: None,
+        }
     }
 
     /// The same with a fixed choice of kernels, for plans prepared from now on. Without it the
     /// variable `FPENET_VARIANTS` chooses, else [`Variants::default`].
     pub fn with_variants(self, variants: Variants) -> Self {
         GpuBackend { variants: Some(variants), ..self }
+    }
+
+    /// The same with what was measured on this card before, or else the cost model's choice, where
+    /// neither the caller nor the environment chooses.
+    pub fn with_cache(self, cache: Cache) -> Self {
+        GpuBackend { cache: Some(cache), ..self }
+    }
+
+    fn choice(&self, plan: &Plan, element: Element) -> Result<Chosen> {
+        let fixed = |variants: Variants, source: Source| Chosen {
+            choice: Choice { variants, ..Choice::default() },
+            source,
+            warning: None,
+        };
+        if let Some(variants) = self.variants {
+            return Ok(fixed(variants, Source::Given));
+        }
+        if let Some(variants) = Variants::from_env()? {
+            return Ok(fixed(variants, Source::Environment));
+        }
+        let Some(cache) = &self.cache else {
+            return Ok(fixed(Variants::default(), Source::Default));
+        };
+        let card = self.device.card();
+        let card = card.unwrap_or_else(|| cards::nearest(self.device.capability()));
+        let card = Card { shared_per_block: self.device.shared_memory_limit(), ..*card };
+        let key = Key::new(self.device.identity(), plan, element);
+        cache.choose(&key, || Ok(choice::by_model(plan, element, &card)?.0))
     }
 
     /// The device.
@@ -177,16 +229,19 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
     }
 
     fn prepare(&mut self, plan: &Plan) -> Result<()> {
-        let variants = match self.variants {
-            Some(variants) => variants,
-            None => Variants::from_env()?.unwrap_or_default(),
-        };
-        self.release()?;
         let training = plan.mode == Mode::Training;
         let element = match self.precision {
             Precision::F16 => Element::F16,
             Precision::F32 => Element::F32,
         };
+        let chosen = self.choice(plan, element)?;
+        let variants = chosen.choice.variants;
+        self.release()?;
+        let graphs = self.graphs.unwrap_or(chosen.choice.graphs);
+        if graphs != self.device.records() {
+            self.device.use_graphs(graphs);
+        }
+        self.chosen = Some(chosen);
         let pixels = plan.input.shape.n * plan.input.shape.plane();
         let device = &mut self.device;
         let mut vector = |len: usize, purpose: &'static str| -> Result<Buffer> {
@@ -234,6 +289,17 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         memory.scratch = device.alloc(needed.scratch_bytes.max(4), "scratch")?;
         memory.statistics = device.alloc(needed.statistics_bytes.max(4), "statistics")?;
         let program = lower::lower(plan, &memory, target)?;
+        let halves = if params_half.is_some() { 2 * plan.param_len } else { 0 };
+        let vectors = plan.param_len + if training { 3 * plan.trainable_len } else { 0 };
+        let images = if training { 0 } else { plan.input.shape.len() };
+        let reserved_bytes = element.size() * plan.arena_len
+            + 4 * vectors
+            + halves
+            + images
+            + pixels
+            + needed.scratch_bytes
+            + needed.statistics_bytes
+            + control::BYTES;
         self.prepared = Some(Prepared {
             memory,
             forward_rgb: program.forward_rgb(),
@@ -247,6 +313,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             pixels,
             classes: plan.logits.shape.c,
             labels_written: false,
+            reserved_bytes,
         });
         self.write_counters(Counters::default())
     }
@@ -410,6 +477,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             });
         }
         self.run(LABELS, |program| &program.labels)?;
+        self.labels_computed = Some(self.device.mark()?);
         let (device, prepared) = self.parts()?;
         device.download(prepared.memory.labels.into(), out)
     }
@@ -458,6 +526,56 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
 
     fn synchronize(&mut self) -> Result<()> {
         self.device.synchronize()
+    }
+
+    fn mark(&mut self) -> Result<Mark> {
+        self.device.mark()
+    }
+
+    fn between(&mut self, from: Mark, to: Mark) -> Result<Duration> {
+        self.device.between(from, to)
+    }
+
+    fn labels_computed(&self) -> Option<Mark> {
+        self.labels_computed
+    }
+
+    fn work(&self, plan: &Plan) -> Option<Work> {
+        let prepared = self.prepared.as_ref()?;
+        let costs = cost::forward(plan, &prepared.program, prepared.element);
+        let gemms = costs.iter().filter(|cost| cost.kernel == "gemm").count();
+        let card = self.device.card();
+        Some(Work {
+            launches: costs.len() - gemms,
+            gemms,
+            replayed: self.device.records(),
+            bytes: costs.iter().map(|cost| cost.bytes + cost.again).sum(),
+            flops: costs.iter().map(|cost| cost.flops).sum(),
+            roofline_seconds: card.map(|card| cost::total(&costs, card, true).roofline),
+            reserved_bytes: prepared.reserved_bytes as u64,
+        })
+    }
+
+    fn use_graphs(&mut self, on: bool) {
+        self.graphs = Some(on);
+        self.device.use_graphs(on);
+    }
+
+    fn choose(&mut self, choice: Choice) {
+        self.variants = Some(choice.variants);
+        self.use_graphs(choice.graphs);
+    }
+
+    fn chosen(&self) -> Option<&Chosen> {
+        self.chosen.as_ref()
+    }
+
+    fn tuning_key(&self, plan: &Plan) -> Option<Key> {
+        let element = match self.precision {
+            Precision::F16 => Element::F16,
+            Precision::F32 => Element::F32,
+        };
+        Some(Key::new(self.device.identity(), plan, element))
     }
 }
 

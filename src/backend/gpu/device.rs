@@ -1,9 +1,13 @@
 //! What a GPU has to offer for the GPU backend: memory, kernel launches,
 //! matrix products. Two devices implement it: a CUDA GPU, and the emulation on the CPU.
 
+use std::time::{Duration, Instant};
+
 use half::f16;
 
+use super::cards::Card;
 use super::launch::{Command, Gemm, Launch};
+use crate::backend::Mark;
 use crate::error::Result;
 
 /// Batches that can be under way at once: one is copied while the device works on the other.
@@ -169,6 +173,47 @@ pub trait GpuDevice: Send {
 
     /// Drops what [`GpuDevice::submit`] has recorded.
     fn forget_sequences(&mut self) {}
+
+    /// Whether [`GpuDevice::submit`] may record; drops what it has recorded.
+    fn use_graphs(&mut self, on: bool) {
+        let _ = on;
+    }
+
+    /// Whether [`GpuDevice::submit`] records.
+    fn records(&self) -> bool {
+        false
+    }
+
+    /// The data sheet of this card, where there is one in [`cards`](super::cards).
+    fn card(&self) -> Option<&'static Card> {
+        None
+    }
+
+    /// Compute capability times 10.
+    fn capability(&self) -> u32 {
+        70
+    }
+
+    /// Card, driver and architecture, as far as they decide what is fast: the key of tuned choices.
+    fn identity(&self) -> String {
+        self.describe()
+    }
+
+    /// Notes this moment in the order of commands, without waiting.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn mark(&mut self) -> Result<Mark> {
+        Ok(Mark::Host(Instant::now()))
+    }
+
+    /// Time from one mark to a later one; waits for the later one.
+    ///
+    /// # Errors
+    /// Errors of earlier commands, or of a mark that is not this device's.
+    fn between(&mut self, from: Mark, to: Mark) -> Result<Duration> {
+        Mark::host_time(from, to)
+    }
 
     /// Waits until all commands are done.
     ///

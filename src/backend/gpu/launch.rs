@@ -256,6 +256,30 @@ impl CascadeShape<'_> {
         (0..self.dilations.len()).map(region).max().unwrap_or(0)
     }
 
+    /// Elements that the blocks of one chain load for tiles of `tile_h` x `tile_w` outputs, all
+    /// branches, halos included.
+    pub fn loaded(&self, (tile_h, tile_w): (usize, usize)) -> usize {
+        let span = |tile: usize, input: usize, output: usize, branch: usize| -> usize {
+            let dilation = self.dilations[branch];
+            let reach: usize =
+                if self.addition { self.dilations[branch + 1..].iter().sum() } else { 0 };
+            let sub = if self.stride == 2 && dilation.is_multiple_of(2) { 2 } else { 1 };
+            let (step, d) = (self.stride / sub, dilation / sub);
+            let tiles = (0..output).step_by(tile.max(1)).map(|from| {
+                let first = from.saturating_sub(reach);
+                let end = (from + tile.max(1) + reach).min(output);
+                let begin = (first * step).saturating_sub(d);
+                ((end - 1) * step + d + 1).min(input.div_ceil(sub)) - begin
+            });
+            tiles.sum()
+        };
+        let branch = |i: usize| {
+            let rows = span(tile_h, self.input.0, self.output.0, i);
+            rows * span(tile_w, self.input.1, self.output.1, i)
+        };
+        (0..self.dilations.len()).map(branch).sum()
+    }
+
     /// The largest tile whose regions fit into `limit` bytes of shared memory: the whole plane if
     /// possible. None where not even a small one fits (huge dilations).
     pub fn tiling(&self, limit: usize) -> Option<CascadeTiling> {

@@ -3,11 +3,15 @@
 //! kernels with the same launch shapes.
 
 mod backend;
+pub mod cards;
+pub mod choice;
 mod control;
+pub mod cost;
 pub mod cuda;
 pub mod device;
 #[cfg(emulated_kernels)]
 pub mod emulated;
+pub mod kernel_report;
 pub mod launch;
 pub mod lower;
 pub mod variants;

@@ -51,6 +51,9 @@ pub struct Variants {
     pub stage_weights: bool,
     /// Planes of the cascade.
     pub cascade: CascadePlanes,
+    /// Most shared memory of a cascade's block in KB, which decides its tile; 0 for what the device
+    /// allows. Smaller tiles load wider halos and fill more multiprocessors.
+    pub cascade_kb: usize,
 }
 
 impl Default for Variants {
@@ -61,6 +64,7 @@ impl Default for Variants {
             pair_pixels: 64,
             stage_weights: true,
             cascade: CascadePlanes::Stored,
+            cascade_kb: 0,
         }
     }
 }
@@ -73,6 +77,7 @@ impl Variants {
         pair_pixels: 64,
         stage_weights: false,
         cascade: CascadePlanes::Wide,
+        cascade_kb: 0,
     };
 
     /// Name of the variable that [`Variants::from_env`] reads.
@@ -118,7 +123,15 @@ impl Variants {
                 let names = [("wide", CascadePlanes::Wide), ("stored", CascadePlanes::Stored)];
                 self.cascade = one_of(value, &names, "wide or stored")?;
             }
-            _ => return Err("one of products, pairs, pair_pixels, stage_weights, cascade"),
+            "cascade_kb" => {
+                let kb = value.parse().ok().filter(|kb| *kb <= 1024);
+                self.cascade_kb = kb.ok_or("a number from 0 to 1024")?;
+            }
+            _ => {
+                return Err(
+                    "one of products, pairs, pair_pixels, stage_weights, cascade, cascade_kb",
+                );
+            }
         }
         Ok(())
     }
@@ -145,9 +158,11 @@ impl std::fmt::Display for Variants {
         let switch = |on: bool| if on { "on" } else { "off" };
         write!(
             f,
-            "products={products},pairs={pairs},pair_pixels={},stage_weights={},cascade={cascade}",
+            "products={products},pairs={pairs},pair_pixels={},stage_weights={},cascade={cascade},\
+             cascade_kb={}",
             self.pair_pixels,
             switch(self.stage_weights),
+            self.cascade_kb,
         )
     }
 }

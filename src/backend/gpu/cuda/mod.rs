@@ -3,9 +3,11 @@
 //! All commands run in order on one stream; copies that may overlap with them have two of their own
 //! (`lanes.rs`). A sequence that is asked for again is captured into a
 //! CUDA graph and replayed: one launch instead of hundreds. `CUDA_VISIBLE_DEVICES` chooses the
-//! GPU; `FPENET_CUDA_GRAPHS=0` launches every command by itself.
+//! GPU; `FPENET_CUDA_GRAPHS=0` launches every command by itself unless the caller decides
+//! ([`GpuDevice::use_graphs`]).
 
 mod blas;
+mod events;
 mod lanes;
 mod modules;
 mod probe;
@@ -14,6 +16,7 @@ mod transfer;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{
@@ -22,11 +25,14 @@ use cudarc::driver::sys::{
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
 
 use self::blas::Blas;
+use self::events::Events;
 use self::lanes::Lanes;
 use self::modules::Kernels;
 use self::probe::unusable;
 use self::transfer::Staging;
+use super::cards::{self, Card};
 use super::{Arg, Buffer, Command, Gemm, GpuDevice, Launch, Place};
+use crate::backend::Mark;
 use crate::error::{Error, Result};
 
 /// The first CUDA GPU.
@@ -36,12 +42,17 @@ pub struct CudaDevice {
     blas: Blas,
     kernels: Kernels,
     staging: Staging,
+    events: Events,
     lanes: Lanes,
     memory: Vec<Option<Memory>>,
     _workspace: Memory,
     stream: Arc<CudaStream>,
     context: Arc<CudaContext>,
     description: String,
+    /// Card, architecture and driver: what decides which launch shapes are fast.
+    identity: String,
+    card: Option<&'static Card>,
+    capability: u32,
     shared_limit: usize,
     use_graphs: bool,
     /// What was launched last, for errors that show up only when waiting.
@@ -117,12 +128,16 @@ impl CudaDevice {
             blas,
             kernels,
             staging,
+            events: Events::default(),
             lanes,
             memory: Vec::new(),
             _workspace: workspace,
             stream,
             context,
             description,
+            identity: format!("{gpu}, sm_{capability}, {}", probe::driver_release(driver)),
+            card: cards::find(&gpu),
+            capability,
             shared_limit,
             use_graphs: std::env::var_os("FPENET_CUDA_GRAPHS").is_none_or(|value| value != "0"),
             last: "nothing",
@@ -321,6 +336,41 @@ impl GpuDevice for CudaDevice {
             // A graph may go while it runs: the driver keeps what is in use.
             self.sequences.clear();
         }
+    }
+
+    fn use_graphs(&mut self, on: bool) {
+        self.forget_sequences();
+        self.use_graphs = on;
+    }
+
+    fn records(&self) -> bool {
+        self.use_graphs
+    }
+
+    fn card(&self) -> Option<&'static Card> {
+        self.card
+    }
+
+    fn capability(&self) -> u32 {
+        self.capability
+    }
+
+    fn identity(&self) -> String {
+        self.identity.clone()
+    }
+
+    fn mark(&mut self) -> Result<Mark> {
+        self.bind()?;
+        let recorded = self.events.record(self.stream.cu_stream());
+        recorded.map_err(|error| self.late(error)).map(Mark::Event)
+    }
+
+    fn between(&mut self, from: Mark, to: Mark) -> Result<Duration> {
+        let (Mark::Event(from), Mark::Event(to)) = (from, to) else {
+            return Mark::host_time(from, to);
+        };
+        self.bind()?;
+        self.events.elapsed(from, to).map_err(|error| self.late(error))
     }
 
     fn synchronize(&mut self) -> Result<()> {

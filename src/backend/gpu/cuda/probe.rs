@@ -98,6 +98,24 @@ pub(super) fn unusable(problem: impl Into<String>, remedy: impl Into<String>) ->
     Error::Device { device: "cuda".into(), problem: problem.into(), remedy: remedy.into() }
 }
 
+/// The driver's release as the system names it ("driver 580.95.05"), else the CUDA version that it
+/// supports: two releases may compile the same PTX to different code.
+pub(super) fn driver_release((major, minor): (u32, u32)) -> String {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    match release(&text) {
+        Some(release) => format!("driver {release}"),
+        None => format!("driver for CUDA {major}.{minor}"),
+    }
+}
+
+/// The first word of the form 580.95.05.
+fn release(text: &str) -> Option<&str> {
+    text.split_whitespace().find(|word| {
+        let parts: Vec<&str> = word.split('.').collect();
+        (2..=3).contains(&parts.len()) && parts.iter().all(|part| part.parse::<u32>().is_ok())
+    })
+}
+
 /// 13000 -> (13, 0), as the driver writes it.
 fn split(version: i32) -> (u32, u32) {
     let version = version.unsigned_abs();
@@ -133,6 +151,17 @@ mod tests {
         // Older than the interface: another nvcc would not help.
         let text = check_versions((11, 2), (11, 0)).unwrap_err().to_string();
         assert!(text.contains("CUDA 12.0 or newer") && !text.contains("variable NVCC"), "{text}");
+    }
+
+    #[test]
+    fn the_release_is_found_in_the_words_of_both_kernel_modules() {
+        let closed = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\n\
+            GCC version:  gcc version 12.2.0";
+        assert_eq!(release(closed), Some("550.54.15"));
+        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release";
+        assert_eq!(release(open), Some("580.95.05"));
+        assert_eq!(release("no driver here"), None);
+        assert!(driver_release((13, 0)).starts_with("driver "));
     }
 
     #[test]

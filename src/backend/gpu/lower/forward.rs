@@ -274,7 +274,7 @@ fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: 
         input: (x.shape.h, x.shape.w),
         output: (y.shape.h, y.shape.w),
     };
-    let tiling = shape.tiling(low.shared_limit);
+    let tiling = shape.tiling(low.cascade_limit());
     let whole = tiling.is_some_and(|t| (t.tile_h, t.tile_w) == shape.output);
     // Blocks that share a plane would overwrite what a neighbour's halo still needs.
     let source = if x.offset == y.offset && !whole {

@@ -202,6 +202,14 @@ impl Lowering<'_> {
         self.commands.push(Command::Gemm(gemm));
     }
 
+    /// Most shared memory of a cascade's block.
+    fn cascade_limit(&self) -> usize {
+        match self.variants.cascade_kb {
+            0 => self.shared_limit,
+            kb => self.shared_limit.min(kb << 10),
+        }
+    }
+
     fn name(&self, typed: Typed) -> &'static str {
         match self.element {
             Element::F32 => typed.f32,

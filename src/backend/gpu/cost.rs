@@ -1,0 +1,362 @@
+//! What every command of a lowered forward pass moves and computes, and how long a card should take
+//! for it: a model's prediction, never a measurement.
+//!
+//! Bytes: each operand once per command; what blocks read again (halos of tiles, weights) is counted
+//! apart, since it comes from L2. FLOPs: two per multiply-accumulate, the few of an epilogue or an interpolation roughly. The time of a command is
+//! max(bytes / bandwidth, FLOPs / peak) plus the cost of a dependency between kernels; its bytes come
+//! from L2 as far as they fit in there, the rest from memory.
+
+use super::cards::Card;
+use super::device::Element;
+use super::kernel_report;
+use super::launch::{Arg, CascadeShape, Command, Gemm, Launch};
+use super::lower::Program;
+use crate::graph::{Plan, Step, Tensor};
+use crate::ops::Op;
+
+/// Shares of a peak that good kernels reach; assumed, not calibrated on any card.
+pub mod efficiency {
+    /// Of the memory bandwidth.
+    pub const DRAM: f64 = 0.85;
+    /// Of the L2 bandwidth.
+    pub const L2: f64 = 0.70;
+    /// Of the tensor cores, on matrices of this network's sizes.
+    pub const TENSOR: f64 = 0.45;
+    /// Of the f32 units, in stencils.
+    pub const FP32: f64 = 0.50;
+    /// Of the f32 units, in matrix products.
+    pub const FP32_GEMM: f64 = 0.65;
+}
+
+/// Registers of a thread of a kernel that the compiler's report does not know (cuBLAS's, or one newer
+/// than the report). An assumption; it is also the most that a block of 1024 threads can have.
+pub const ASSUMED_REGISTERS: usize = 64;
+/// Bytes that a thread has under way to or from memory, assumed: two 16-byte loads.
+const BYTES_IN_FLIGHT: f64 = 32.0;
+/// Seconds from a load's issue to its data, from L2 and from memory; assumed, about what
+/// microbenchmarks find.
+const LATENCY: (f64, f64) = (250e-9, 500e-9);
+/// Rows and columns of the tile that a block of a matrix product makes, assumed.
+const GEMM_TILE: (usize, usize) = (64, 128);
+
+/// What does the arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// CUDA cores, f32.
+    Fp32,
+    /// CUDA cores in a matrix product, f32.
+    Fp32Gemm,
+    /// Tensor cores, f16 with f32 sums.
+    Tensor,
+}
+
+/// Work of one command.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CommandCost {
+    /// Kernel, or `gemm`.
+    pub kernel: &'static str,
+    /// Bytes read and written, each once.
+    pub bytes: u64,
+    /// Bytes read again, from L2.
+    pub again: u64,
+    /// Floating-point operations.
+    pub flops: u64,
+    /// What computes them.
+    pub unit: Unit,
+    /// Blocks of the launch.
+    pub blocks: usize,
+    /// Threads of a block.
+    pub threads: usize,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+/// Seconds of one command or of several.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Prediction {
+    /// At the card's peaks, without any cost per kernel.
+    pub roofline: f64,
+    /// With the assumed efficiencies, waves, occupancy and cost per kernel.
+    pub expected: f64,
+}
+
+impl std::ops::AddAssign for Prediction {
+    fn add_assign(&mut self, other: Prediction) {
+        self.roofline += other.roofline;
+        self.expected += other.expected;
+    }
+}
+
+impl CommandCost {
+    /// The kernel's name without storage type and tile.
+    pub fn class(&self) -> &'static str {
+        class(self.kernel)
+    }
+
+    /// Registers of a thread, from the compiler's report or assumed.
+    pub fn registers(&self, card: &Card) -> usize {
+        kernel_report::registers(self.kernel, card.arch).unwrap_or(ASSUMED_REGISTERS)
+    }
+
+    /// Share of a multiprocessor's threads that can be resident.
+    pub fn occupancy(&self, card: &Card) -> f64 {
+        card.occupancy(self.threads, self.registers(card), self.shared_bytes)
+    }
+
+    /// Time on a card, with the cost of a dependency inside a graph, or of a launch by itself.
+    pub fn predict(&self, card: &Card, graph: bool) -> Prediction {
+        let bytes = self.bytes as f64;
+        let cached = (card.l2_bytes / bytes.max(1.0)).min(1.0);
+        let again = self.again as f64;
+        let move_at =
+            |dram: f64, l2: f64| bytes * (cached / l2 + (1.0 - cached) / dram) + again / l2;
+        let (peak, share) = match self.unit {
+            Unit::Fp32 => (card.fp32, efficiency::FP32),
+            Unit::Fp32Gemm => (card.fp32, efficiency::FP32_GEMM),
+            Unit::Tensor => (card.tensor, efficiency::TENSOR),
+        };
+        let compute = self.flops as f64 / peak;
+        let roofline = compute.max(move_at(card.dram, card.l2));
+
+        // The busiest multiprocessor decides: it has ceil(blocks / SMs) of the blocks.
+        let per_sm = self.blocks.div_ceil(card.sms).max(1);
+        let fill = self.blocks.max(1) as f64 / (per_sm * card.sms) as f64;
+        let resident = card.resident_blocks(self.threads, self.registers(card), self.shared_bytes);
+        let resident = (resident.clamp(1, per_sm) * self.threads) as f64;
+        let from_l2 = (bytes * cached + again) / (bytes + again).max(1.0);
+        let latency = from_l2 * LATENCY.0 + (1.0 - from_l2) * LATENCY.1;
+        let busy = card.sms.min(self.blocks.max(1)) as f64;
+        let in_flight = busy * resident * BYTES_IN_FLIGHT / latency;
+        let moved = move_at(card.dram * efficiency::DRAM, card.l2 * efficiency::L2 * fill.max(0.5));
+        let work = (compute / share / fill).max(moved).max((bytes + again) / in_flight);
+        let cost = if graph { card.dependency } else { card.launch };
+        Prediction { roofline, expected: work + cost }
+    }
+}
+
+/// Work of every command of a program's forward pass, step by step, and of the commands that make
+/// labels, in the order they run.
+pub fn forward(plan: &Plan, program: &Program, element: Element) -> Vec<CommandCost> {
+    let mut all = Vec::with_capacity(program.forward.len() + program.labels.len());
+    for index in 0..plan.steps.len() {
+        let group = Group::of(plan, program, index);
+        let commands = program.step(index).iter();
+        all.extend(commands.map(|command| match command {
+            Command::Gemm(gemm) => of_gemm(gemm),
+            Command::Launch(launch) => of_launch(&group, launch, element),
+        }));
+    }
+    all.extend(program.labels.iter().map(|command| labels(plan, command, element)));
+    all
+}
+
+/// The steps that the commands of one step do: itself, and those right behind it that have no
+/// command of their own because its launch does them as well.
+struct Group<'a> {
+    plan: &'a Plan,
+    steps: &'a [Step],
+    /// All steps behind the group.
+    rest: &'a [Step],
+}
+
+impl<'a> Group<'a> {
+    fn of(plan: &'a Plan, program: &Program, first: usize) -> Self {
+        // A concat without a command costs nothing: its operands were written in place.
+        let taken = |&index: &usize| {
+            program.step(index).is_empty() && !matches!(plan.steps[index].op, Op::Concat)
+        };
+        let end = first + 1 + (first + 1..plan.steps.len()).take_while(taken).count();
+        Group { plan, steps: &plan.steps[first..end], rest: &plan.steps[end..] }
+    }
+
+    fn first(&self) -> &Step {
+        &self.steps[0]
+    }
+
+    /// Elements that come from outside.
+    fn read(&self) -> usize {
+        let outputs: Vec<Tensor> = self.steps.iter().map(|step| step.output).collect();
+        let inputs = self.steps.iter().enumerate().flat_map(|(at, step)| {
+            let read = (0..step.inputs.len()).filter(|&i| step.op.reads(i));
+            read.map(|i| step.inputs[i])
+                .filter(|input| !outputs[..at].contains(input))
+                .collect::<Vec<_>>()
+        });
+        inputs.map(|input| input.shape.len()).sum()
+    }
+
+    /// Elements that somebody else reads.
+    fn written(&self) -> usize {
+        let last = self.steps.len() - 1;
+        let wanted = |tensor: &Tensor| self.rest.iter().any(|step| step.inputs.contains(tensor));
+        let written = self.steps.iter().enumerate();
+        let written = written.filter(|(at, step)| *at == last || wanted(&step.output));
+        written.map(|(_, step)| step.output.shape.len()).sum()
+    }
+
+    fn parameters(&self) -> usize {
+        self.steps.iter().map(|step| parameters(self.plan, &step.op)).sum()
+    }
+
+    fn macs(&self) -> usize {
+        let macs = |step: &Step| {
+            let inputs: Vec<_> = step.inputs.iter().map(|tensor| tensor.shape).collect();
+            step.op.cost(&inputs, step.output.shape).macs as usize
+        };
+        self.steps.iter().map(macs).sum()
+    }
+}
+
+/// Seconds of all commands on a card.
+pub fn total(costs: &[CommandCost], card: &Card, graph: bool) -> Prediction {
+    let mut sum = Prediction::default();
+    costs.iter().for_each(|cost| sum += cost.predict(card, graph));
+    sum
+}
+
+/// Bytes of a step's operands, result and parameters, each once, with tensors stored as `element`:
+/// what a kernel that does the whole step at once cannot avoid.
+pub fn step_bytes(plan: &Plan, step: &Step, element: Element) -> u64 {
+    let read = (0..step.inputs.len()).filter(|&i| step.op.reads(i));
+    let tensors: usize = read.map(|i| step.inputs[i].shape.len()).sum();
+    (element.size() * (tensors + step.output.shape.len()) + 4 * parameters(plan, &step.op)) as u64
+}
+
+/// Parameters that an operator reads.
+fn parameters(plan: &Plan, op: &Op) -> usize {
+    op.params().iter().map(|id| plan.params[id.0].len()).sum()
+}
+
+fn of_gemm(gemm: &Gemm) -> CommandCost {
+    let Gemm { m, n, k, batch, .. } = *gemm;
+    let shared = |stride: usize| if stride == 0 { 1 } else { batch };
+    let operands = m * k * shared(gemm.a.batch_stride) + k * n * shared(gemm.b.batch_stride);
+    let result = m * n * batch * if gemm.beta == 0.0 { 1 } else { 2 };
+    CommandCost {
+        kernel: "gemm",
+        bytes: (operands * gemm.element.size() + result * gemm.result.size()) as u64,
+        again: 0,
+        flops: 2 * (m * n * k * batch) as u64,
+        unit: match gemm.element {
+            Element::F32 => Unit::Fp32Gemm,
+            Element::F16 => Unit::Tensor,
+        },
+        blocks: m.div_ceil(GEMM_TILE.0) * n.div_ceil(GEMM_TILE.1) * batch,
+        threads: 256,
+        shared_bytes: 0,
+    }
+}
+
+fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
+    let size = element.size();
+    let step = group.first();
+    let output = step.output.shape.len();
+    let (read, written, macs) = (group.read(), group.written(), group.macs());
+    let whole = size * (read + written) + 4 * group.parameters();
+    // A launch over planes or tiles: grid y counts channels, grid z images.
+    let planes = (launch.grid[1] * launch.grid[2]) as usize;
+    let blocks = launch.grid.iter().map(|&n| n as usize).product::<usize>();
+    let class = class(launch.kernel);
+    let (bytes, again, flops) = match class {
+        "copy" => (2 * size * planes * int(launch, 3), 0, 0),
+        "conv1x1_epilogue" => {
+            // What a matrix product has left, in f32 where it is not the result itself.
+            let in_place = launch.args.first() == launch.args.get(1);
+            let product = if in_place { size } else { 4 };
+            let residual = if step.inputs.len() > 1 { size } else { 0 };
+            (output * (product + residual + size), 0, 3 * output)
+        }
+        // A product in tiles: every block fetches weights (from L2), and x comes once per row of
+        // tiles. All of an image's weights lie in its first column of blocks.
+        "conv1x1" | "conv1x1_tile" => {
+            let (rows, across) = (launch.grid[1] as usize, blocks / launch.grid[1] as usize);
+            let again = (rows - 1) * step.inputs[0].shape.len();
+            let weights = (across - 1) * group.parameters();
+            (size * (read + written + group.parameters()), size * (again + weights), 2 * macs)
+        }
+        "pair" => {
+            let weights = group.parameters();
+            (size * (read + written + weights), size * (blocks - 1) * weights, 2 * macs)
+        }
+        "depthwise_forward" => {
+            let elements = planes * step.output.shape.plane();
+            let input = planes * step.inputs[0].shape.plane();
+            let before = if launch.args.get(1) == Some(&Arg::Null) { 0 } else { elements };
+            (size * (input + before + elements), 0, 19 * elements)
+        }
+        "cascade_forward" => {
+            let again = cascade_loads(step, launch).saturating_sub(read);
+            (whole, size * again, 20 * output)
+        }
+        // Four products and three sums per bilinear sample; gates besides.
+        "resize_forward" => (whole, 0, 7 * output),
+        "meu_fuse_forward" => (whole, 0, 10 * output),
+        _ => (whole, 0, if macs > 0 { 2 * macs } else { read.max(written) }),
+    };
+    let products = step.op.kind() == "conv1x1" && macs > 0 && class != "conv1x1_epilogue";
+    let unit = match (products, element) {
+        (true, Element::F16) if launch.kernel.contains("_f16_") => Unit::Tensor,
+        (true, Element::F32) => Unit::Fp32Gemm,
+        _ => Unit::Fp32,
+    };
+    CommandCost { unit, again: again as u64, ..of(launch, bytes as u64, flops as u64) }
+}
+
+fn labels(plan: &Plan, command: &Command, element: Element) -> CommandCost {
+    let launch = match command {
+        Command::Gemm(gemm) => return of_gemm(gemm),
+        Command::Launch(launch) => launch,
+    };
+    let (scores, input) = (plan.logits.shape, plan.input.shape);
+    let pixels = input.n * input.plane();
+    let bytes = element.size() * scores.len() + pixels;
+    of(launch, bytes as u64, (8 * scores.c * pixels) as u64)
+}
+
+fn of(launch: &Launch, bytes: u64, flops: u64) -> CommandCost {
+    CommandCost {
+        kernel: launch.kernel,
+        bytes,
+        again: 0,
+        flops,
+        unit: Unit::Fp32,
+        blocks: launch.grid.iter().map(|&n| n as usize).product(),
+        threads: launch.block.iter().map(|&n| n as usize).product(),
+        shared_bytes: launch.shared_bytes as usize,
+    }
+}
+
+/// Input elements that the blocks of a fused cascade load, halos included.
+fn cascade_loads(step: &Step, launch: &Launch) -> usize {
+    let (Op::Cascade(op), x, y) = (&step.op, step.inputs[0].shape, step.output.shape) else {
+        return step.inputs[0].shape.len();
+    };
+    let shape = CascadeShape {
+        dilations: &op.dilations,
+        addition: op.addition,
+        stride: op.stride,
+        input: (x.h, x.w),
+        output: (y.h, y.w),
+    };
+    // After pointers, three settings, dilations, weights, biases and the region.
+    let tile = (int(launch, 19), int(launch, 20));
+    shape.loaded(tile) * op.width() * x.n
+}
+
+/// The integer argument at a position; 0 where there is none.
+fn int(launch: &Launch, at: usize) -> usize {
+    match launch.args.get(at) {
+        Some(Arg::I32(value)) => *value as usize,
+        _ => 0,
+    }
+}
+
+/// A kernel's name up to its storage type and what follows it.
+fn class(kernel: &'static str) -> &'static str {
+    let end = ["_f16", "_f32"].iter().filter_map(|storage| kernel.find(storage)).min();
+    &kernel[..end.unwrap_or(kernel.len())]
+}
+
+#[cfg(test)]
+#[path = "cost_tests.rs"]
+mod tests;

@@ -1,0 +1,114 @@
+use super::*;
+use crate::backend::gpu::cards::CARDS;
+use crate::backend::gpu::choice;
+use crate::backend::gpu::variants::Variants;
+use crate::exec;
+use crate::graph::{Mode, PlaneLayout};
+use crate::{Model, ModelConfig};
+
+fn plan(mode: Mode) -> Plan {
+    let model = Model::init(ModelConfig::default(), 0).unwrap();
+    exec::plan_inference(&model, (PlaneLayout::Dense, choice::REWRITES), (1, 512, 1024), mode)
+        .unwrap()
+        .0
+}
+
+fn work(element: Element, shared: usize, variants: Variants) -> Vec<CommandCost> {
+    choice::work(&plan(Mode::Labels), element, shared, variants).unwrap()
+}
+
+fn sum(costs: &[CommandCost], of: impl Fn(&CommandCost) -> u64) -> f64 {
+    costs.iter().map(of).sum::<u64>() as f64
+}
+
+/// The network's multiply-accumulates are in the summary; what else is computed is small beside them.
+#[test]
+fn all_the_networks_arithmetic_is_in_the_commands_whatever_the_variants() {
+    let macs: u64 = crate::bench::macs(&plan(Mode::Labels));
+    for variants in [Variants::PLAIN, Variants::default()] {
+        for element in [Element::F32, Element::F16] {
+            let flops = sum(&work(element, 96 << 10, variants), |cost| cost.flops);
+            let ratio = flops / (2 * macs) as f64;
+            assert!((0.98..1.15).contains(&ratio), "{variants} {element:?}: {ratio}");
+        }
+    }
+}
+
+#[test]
+fn half_precision_halves_the_bytes_of_fused_kernels_and_fusing_saves_some() {
+    let bytes = |element, variants| sum(&work(element, 228 << 10, variants), |cost| cost.bytes);
+    let (wide, half) = (Variants::default(), Variants::default());
+    let ratio = bytes(Element::F16, half) / bytes(Element::F32, wide);
+    assert!((0.4..0.65).contains(&ratio), "{ratio}");
+    assert!(bytes(Element::F16, half) < bytes(Element::F16, Variants::PLAIN));
+}
+
+#[test]
+fn a_cascade_that_takes_whole_planes_loads_each_element_once_and_tiles_load_more() {
+    let mut plan = plan(Mode::Labels);
+    // A block of stage 3, stride 1: 64 x 128 planes.
+    plan.steps.retain(|step| step.name == "stage3.1.branches");
+    assert_eq!(plan.steps.len(), 1, "the step has another name");
+    let cascade = |kb| {
+        let variants = choice::changed(Variants::PLAIN, "cascade_kb", kb).unwrap();
+        let costs = choice::work(&plan, Element::F32, 228 << 10, variants).unwrap();
+        *costs.iter().find(|cost| cost.class() == "cascade_forward").unwrap()
+    };
+    let elements = 256 * 64 * 128;
+    let weights = 4 * 10 * 256;
+    assert_eq!(cascade("0").bytes, (4 * 2 * elements + weights) as u64);
+    let tiled = cascade("32");
+    assert!(tiled.blocks > cascade("0").blocks);
+    // Halos are read again, from L2; the elements themselves stay the same.
+    assert_eq!((tiled.bytes, cascade("0").again), (cascade("0").bytes, 0));
+    assert!(tiled.again > 0 && tiled.again < 2 * tiled.bytes);
+    assert!(tiled.shared_bytes <= 32 << 10);
+}
+
+/// KERNELS.md section 1 has the same bound from the same data; the structure of the network's kernels
+/// differs, so only the order of magnitude is held here.
+#[test]
+fn the_roofline_of_the_whole_network_is_that_of_the_design_study() {
+    let card = &CARDS[0];
+    let costs = work(Element::F16, card.shared_per_block, Variants::default());
+    let prediction = total(&costs, card, true);
+    assert!((150e-6..1500e-6).contains(&prediction.roofline), "{prediction:?}");
+    assert!(prediction.expected > prediction.roofline);
+    assert!(total(&costs, card, false).expected > prediction.expected);
+}
+
+#[test]
+fn a_prediction_is_bounded_by_bandwidth_or_by_arithmetic() {
+    let card = &CARDS[3];
+    let cost = CommandCost {
+        kernel: "none_f32",
+        bytes: 1 << 30,
+        again: 0,
+        flops: 1,
+        unit: Unit::Fp32,
+        blocks: 1 << 16,
+        threads: 256,
+        shared_bytes: 0,
+    };
+    // 1 GiB, 50 MiB of it from L2.
+    let l2 = card.l2_bytes / card.l2;
+    let memory = (f64::from(1 << 30) - card.l2_bytes) / card.dram;
+    assert!((cost.predict(card, true).roofline / (l2 + memory) - 1.0).abs() < 1e-9);
+    let heavy = CommandCost { flops: 1 << 40, bytes: 1, ..cost };
+    let seconds = (1u64 << 40) as f64 / card.fp32;
+    assert!((heavy.predict(card, true).roofline / seconds - 1.0).abs() < 1e-9);
+    assert!(heavy.predict(card, true).expected >= seconds / efficiency::FP32);
+    // One block keeps one multiprocessor busy.
+    let single = CommandCost { blocks: 1, ..heavy };
+    assert!(single.predict(card, true).expected > 100.0 * heavy.predict(card, true).expected);
+    let tensor = CommandCost { unit: Unit::Tensor, ..heavy };
+    assert!(tensor.predict(card, true).expected < heavy.predict(card, true).expected / 5.0);
+}
+
+#[test]
+fn kernels_are_grouped_by_what_they_do() {
+    assert_eq!(class("pair_f16_c64_p64"), "pair");
+    assert_eq!(class("conv1x1_f16_r64"), "conv1x1");
+    assert_eq!(class("cascade_forward_f32"), "cascade_forward");
+    assert_eq!(class("gemm"), "gemm");
+}
