@@ -239,14 +239,14 @@ impl Backend for CpuBackend {
 
     fn forward_step(&mut self, plan: &Plan, index: usize) -> Result<()> {
         let pool = Arc::clone(&self.pool);
-        pool.install(|| match &plan.steps[index..] {
-            [one, ..] if one.joined => {} // has run with the one before it
-            [first, second, ..] if second.joined => {
-                forward::pair(self, plan, first, second);
-            }
-            [one, ..] => forward::step(self, plan, one),
-            [] => {}
-        });
+        pool.install(|| forward::run(self, plan, index..index + 1));
+        Ok(())
+    }
+
+    fn forward(&mut self, plan: &Plan) -> Result<()> {
+        // One entry into the pool for all steps: each would wake the threads anew.
+        let pool = Arc::clone(&self.pool);
+        pool.install(|| forward::run(self, plan, 0..plan.steps.len()));
         Ok(())
     }
 

@@ -1,5 +1,7 @@
 //! Forward dispatch: from a planned step to the operator's CPU function.
 
+use std::ops::Range;
+
 use super::backend::CpuBackend;
 use super::{View, ViewMut};
 use crate::graph::{ParamId, Plan, Step};
@@ -32,7 +34,7 @@ impl Running {
 
 /// Runs one operator. The plan's lifetimes guarantee that a step's output and saved tensors
 /// overlap none of its inputs, but for the operators that [`Op::in_place`] allows to.
-pub(super) fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
+fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
     let (isa, base) = (cpu.isa, cpu.arena.base());
     let input = |i: usize| unsafe { View::of(base, &step.inputs[i]) };
     let residual = || (step.inputs.len() > 1).then(|| input(1));
@@ -82,8 +84,20 @@ pub(super) fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
     }
 }
 
+/// Runs steps of the forward pass; a joined one runs with the one before it.
+pub(super) fn run(cpu: &mut CpuBackend, plan: &Plan, range: Range<usize>) {
+    for index in range {
+        match &plan.steps[index..] {
+            [one, ..] if one.joined => {}
+            [first, second, ..] if second.joined => pair(cpu, plan, first, second),
+            [one, ..] => step(cpu, plan, one),
+            [] => {}
+        }
+    }
+}
+
 /// Two 1x1 convolutions, the second of which reads what the first one writes, at once.
-pub(super) fn pair(cpu: &mut CpuBackend, plan: &Plan, first: &Step, second: &Step) {
+fn pair(cpu: &mut CpuBackend, plan: &Plan, first: &Step, second: &Step) {
     let (isa, base) = (cpu.isa, cpu.arena.base());
     let param = |id: ParamId| &cpu.params[plan.param(id)];
     let pointwise = |step: &Step, op: &Conv1x1| Pointwise {
