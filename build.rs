@@ -1,5 +1,5 @@
 //! Build-time choices: whether the trained weights are there to be put into the binary, and the
-//! kernels, as PTX and for the emulated device.
+//! kernels, as PTX and for the emulated device. Why without the crate `cudaforge`: build/ptx.rs.
 
 #[path = "build/host_kernels.rs"]
 mod host_kernels;

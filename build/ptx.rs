@@ -1,9 +1,13 @@
 //! Compiles `kernels/*.cu` to PTX with nvcc, and embeds it: the table in `OUT_DIR/ptx.rs` is what
 //! `src/backend/gpu/cuda.rs` loads. Without nvcc the table is empty and everything else builds.
 //!
-//! Not candle's `cudaforge`: it takes one architecture per kernel file, from nvidia-smi where it
-//! is not told (here: what nvcc still targets, and a second one for Hopper variants), and it
-//! warns on every successful build. What remains to be done is to run one command per file.
+//! nvcc 13 targets compute_75 and newer. Where tools/install-nvcc.sh --sm70 was run, NVRTC 12.9
+//! compiles everything for compute_70 as well, and the binary serves a TITAN V, too.
+//!
+//! Not candle's `cudaforge`: it gives a kernel file one architecture, by its name
+//! (`with_compute_override("sm90_*.cu", 90)`) or from nvidia-smi, where a file here has up to three;
+//! it knows nvcc alone. It would serve if every variant were a file of its own that includes the
+//! plain one, without compute_70. What remains to be done is to run one command per file.
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -14,9 +18,11 @@ use std::{env, fs, thread};
 
 /// Oldest architecture that the kernels are written for (TITAN V).
 const OLDEST_ARCH: u32 = 70;
+/// What NVRTC 12.9 compiles for.
+const NVRTC_ARCH: u32 = 70;
 /// Architecture of the Hopper variants.
 const HOPPER: u32 = 90;
-/// A kernel file with these words has a Hopper variant.
+/// A kernel file with these words, or with a header that has them, has a Hopper variant.
 const HOPPER_MARK: &str = "__CUDA_ARCH__ >= 900";
 
 /// An nvcc that was found, and what it can do.
@@ -26,6 +32,8 @@ struct Nvcc {
     version: (u32, u32),
     /// Virtual architectures, ascending.
     archs: Vec<u32>,
+    /// Folder of NVRTC, where it works.
+    nvrtc: Option<PathBuf>,
 }
 
 /// One PTX file to be made.
@@ -49,7 +57,10 @@ pub fn build() -> Result<(), String> {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").ok_or("run me through cargo")?);
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("run me through cargo")?);
     let kernels = files(&root.join("kernels"), "cu")?;
-    let nvcc = if kernels.is_empty() { None } else { find_nvcc(&root)? };
+    let mut nvcc = if kernels.is_empty() { None } else { find_nvcc(&root)? };
+    if let Some(nvcc) = &mut nvcc {
+        nvcc.nvrtc = find_nvrtc(&root, nvcc);
+    }
     let mut jobs = Vec::new();
     if let Some(nvcc) = &nvcc {
         println!("cargo::rerun-if-changed={}", nvcc.path.display());
@@ -108,14 +119,30 @@ fn query(path: &Path) -> Result<Nvcc, String> {
         return Err(strange("architectures (--list-gpu-arch)"));
     }
     let version = version.ok_or_else(|| strange("version (--version)"))?;
-    Ok(Nvcc { path: path.into(), version, archs })
+    Ok(Nvcc { path: path.into(), version, archs, nvrtc: None })
+}
+
+/// NVRTC in `target/cuda-toolkit/sm70`, for what nvcc no longer targets. It is a library without a
+/// program: tools/nvrtc.py calls it.
+fn find_nvrtc(root: &Path, nvcc: &Nvcc) -> Option<PathBuf> {
+    let folder = root.join("target/cuda-toolkit/sm70");
+    if nvcc.archs.contains(&NVRTC_ARCH) || !folder.join("lib/libnvrtc.so.12").is_file() {
+        return None;
+    }
+    let python = Command::new("python3").arg("--version").output();
+    if python.is_ok_and(|output| output.status.success()) {
+        return Some(folder);
+    }
+    println!("cargo::warning=no kernels for sm_{NVRTC_ARCH} in this build: python3 is missing");
+    None
 }
 
 /// The lowest architecture from compute_70 up, so that the driver can compile the PTX for any
-/// newer card, and compute_90 for a file with a Hopper variant; `FPENET_CUDA_ARCH` (for example
-/// `75,90`) overrides.
+/// newer card, compute_90 for a file with a Hopper variant, and compute_70 where NVRTC is there;
+/// `FPENET_CUDA_ARCH` (for example `75,90`) overrides.
 fn wanted_archs(nvcc: &Nvcc, source: &Path) -> Result<Vec<u32>, String> {
-    let known = &nvcc.archs;
+    let nvrtc = nvcc.nvrtc.is_some().then_some(NVRTC_ARCH);
+    let known: Vec<u32> = nvrtc.into_iter().chain(nvcc.archs.iter().copied()).collect();
     if let Some(list) = env::var_os("FPENET_CUDA_ARCH").filter(|list| !list.is_empty()) {
         let list = list.to_string_lossy().into_owned();
         let arch = |item: &str| {
@@ -129,12 +156,25 @@ fn wanted_archs(nvcc: &Nvcc, source: &Path) -> Result<Vec<u32>, String> {
         };
         return list.split(',').map(arch).collect();
     }
-    let oldest = known.iter().copied().find(|arch| *arch >= OLDEST_ARCH);
+    let oldest = nvcc.archs.iter().copied().find(|arch| *arch >= OLDEST_ARCH);
     let oldest = oldest.ok_or_else(|| {
         format!("{}: targets nothing from compute_{OLDEST_ARCH} up", nvcc.path.display())
     })?;
-    let hopper = read(source)?.contains(HOPPER_MARK) && known.contains(&HOPPER) && oldest < HOPPER;
-    Ok([Some(oldest), hopper.then_some(HOPPER)].into_iter().flatten().collect())
+    let hopper = known.contains(&HOPPER) && oldest < HOPPER && marked(source)?;
+    Ok([nvrtc, Some(oldest), hopper.then_some(HOPPER)].into_iter().flatten().collect())
+}
+
+/// Whether a file or one of the kernels' headers that it includes has a Hopper variant.
+fn marked(source: &Path) -> Result<bool, String> {
+    let text = read(source)?;
+    if text.contains(HOPPER_MARK) {
+        return Ok(true);
+    }
+    let folder = source.parent().unwrap_or(Path::new("."));
+    let included =
+        text.lines().filter_map(|line| line.strip_prefix("#include \"")?.split('"').next());
+    let mut headers = included.filter(|name| name.ends_with(".cuh"));
+    headers.try_fold(false, |found, name| Ok(found || marked(&folder.join(name))?))
 }
 
 /// Runs the jobs, as many at a time as cargo allows; the first error ends it.
@@ -157,36 +197,45 @@ fn compile(nvcc: &Nvcc, jobs: &[Job], headers: &str) -> Result<(), String> {
 
 fn compile_one(nvcc: &Nvcc, job: &Job, headers: &str) -> Result<(), String> {
     let source = job.source.display();
-    let mut arguments: Vec<OsString> =
-        vec!["--ptx".into(), format!("-arch=compute_{}", job.arch).into()];
-    arguments.extend(["-std=c++17", "-O3", "-o"].map(OsString::from));
-    arguments.extend([job.out.clone().into(), job.source.clone().into()]);
+    let (program, arguments) = command(nvcc, job);
     // What the PTX was made from, kept beside it: a change of one kernel costs one compilation.
-    let key = format!(
-        "{:?} {:?} {arguments:?}\n{headers}{}",
-        nvcc.path,
-        nvcc.version,
-        read(&job.source)?
-    );
+    let key =
+        format!("{program:?} {:?} {arguments:?}\n{headers}{}", nvcc.version, read(&job.source)?);
     let key_file = job.out.with_extension("key");
     if job.out.exists() && fs::read_to_string(&key_file).is_ok_and(|old| old == key) {
         return Ok(());
     }
     let _ = fs::remove_file(&key_file); // absent on the first build
-    let result = Command::new(&nvcc.path).args(&arguments).output();
-    let result = result.map_err(|error| format!("cannot run {}: {error}", nvcc.path.display()))?;
+    let result = Command::new(&program).args(&arguments).output();
+    let result = result.map_err(|error| format!("cannot run {}: {error}", program.display()))?;
     let words =
         [result.stderr, result.stdout].map(|text| String::from_utf8_lossy(&text).into_owned());
     let words = words.join("\n");
     let words = words.trim();
     if !result.status.success() {
-        let path = nvcc.path.display();
+        let path = program.display();
         return Err(format!("{source}: {path} failed for compute_{}:\n{words}", job.arch));
     }
     for line in words.lines() {
         println!("cargo::warning={line}");
     }
     fs::write(&key_file, key).map_err(|error| format!("{}: {error}", key_file.display()))
+}
+
+/// The program that makes a job's PTX, and its arguments.
+fn command(nvcc: &Nvcc, job: &Job) -> (PathBuf, Vec<OsString>) {
+    let (source, out) = (job.source.clone(), job.out.clone());
+    if let (Some(folder), NVRTC_ARCH) = (&nvcc.nvrtc, job.arch) {
+        let mut arguments =
+            ["tools/nvrtc.py", "--arch", "70", "--toolkit"].map(OsString::from).to_vec();
+        arguments.extend([folder.clone(), source, out].map(OsString::from));
+        return ("python3".into(), arguments);
+    }
+    let mut arguments: Vec<OsString> =
+        vec!["--ptx".into(), format!("-arch=compute_{}", job.arch).into()];
+    arguments.extend(["-std=c++17", "-O3", "-o"].map(OsString::from));
+    arguments.extend([out, source].map(OsString::from));
+    (nvcc.path.clone(), arguments)
 }
 
 fn write_table(path: &Path, nvcc: Option<&Nvcc>, jobs: &[Job]) -> Result<(), String> {

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that has to be known about a GPU, in one command: all reference folders and the self
-# test in f32 and f16, NVIDIA's compute-sanitizer where it is installed, inference and training
-# speed. Writes one JSON and one Markdown file; exits with 1 where a check failed.
+# test in f32 and f16, photos one after the other, NVIDIA's compute-sanitizer where it is installed,
+# inference and training speed in both precisions. Writes one JSON and one Markdown file; exits with 1
+# where a check failed.
 #
 #   tools/gpu-check.sh [--device cuda|emulated] [--binary FILE] [--out DIR] [--sizes "WxH ..."]
 #                      [--iterations N] [--data CAMVID]
@@ -11,7 +12,8 @@
 #   --binary      default: target/release/fpenet
 #   --out         default: benches/results
 #   --sizes       of the speed measurement, default: the three of the paper's Table 7
-#   --data        also train for one epoch on this CamVid folder
+#   --data        also train on this CamVid folder, in both precisions: an epoch (emulated: a few
+#                 seconds of a small network)
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -116,6 +118,21 @@ for precision in f32 f16; do
     check "selftest $precision" "$binary" selftest --device "$device" --precision $precision
 done
 
+# The same photo three times, copies and work overlapping: three times the same labels.
+segment_thrice() {
+    local photo=$root/assets/example/street.jpg
+    local resized=()
+    if [ "$device" = emulated ]; then resized=(--size 96x64); fi
+    "$binary" segment "$photo" "$photo" "$photo" --out "$work/photos-$1" --device "$device" \
+        --precision "$1" "${resized[@]}" || return 1
+    for copy in street-2 street-3; do
+        cmp "$work/photos-$1/street.labels.png" "$work/photos-$1/$copy.labels.png" || return 1
+    done
+}
+for precision in f32 f16; do
+    check "segment three photos $precision" segment_thrice $precision
+done
+
 # A small network, command by command: the tool names the kernel.
 if [ "$device" = cuda ] && command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
@@ -144,14 +161,24 @@ for size in $sizes; do
             --size "$size" --precision $precision --iterations "$iterations"
     done
 done
-if [ "$device" = cuda ]; then
-    bench "bench training 480x360, batch 8" --train --size 480x360 --batch 8 --iterations 20
-else
-    bench "bench training 32x32, batch 1" --train --size 32x32 --batch 1 --iterations 1 --warmup 0
-fi
+for precision in f32 f16; do
+    if [ "$device" = cuda ]; then
+        bench "bench training 480x360, batch 8, $precision" \
+            --train --size 480x360 --batch 8 --precision $precision --iterations 20
+    else
+        bench "bench training 32x32, batch 1, $precision" \
+            --train --size 32x32 --batch 1 --precision $precision --iterations 1 --warmup 0
+    fi
+done
 if [ -n "$data" ]; then
-    check "train one epoch" \
-        "$binary" train --data "$data" --out "$work/run" --epochs 1 --device "$device"
+    train=(--epochs 1)
+    if [ "$device" = emulated ]; then
+        train=(--size 32x24 --batch 2 --p 1 --q 1 --val-split none --stop-after-minutes 0.2)
+    fi
+    for precision in f32 f16; do
+        check "train $precision" "$binary" train --data "$data" --out "$work/run-$precision" \
+            --device "$device" --precision $precision "${train[@]}"
+    done
 fi
 
 now=$(date -u +%Y-%m-%dT%H:%M:%SZ)

@@ -4,7 +4,8 @@
 #
 #   tools/install-nvcc.sh           nvcc 13.0: PTX for compute_75 and newer
 #   tools/install-nvcc.sh --sm70    also NVRTC and ptxas 12.9, into target/cuda-toolkit/sm70:
-#                                   nvcc 13 dropped sm_70 (TITAN V); tools/kernel-report.sh uses them
+#                                   nvcc 13 dropped sm_70 (TITAN V); the build then adds kernels for
+#                                   it, and tools/kernel-report.sh needs them
 #
 # Running it again does nothing where the compiler already works. A failed or interrupted run
 # leaves nothing behind that looks installed: packages go into a folder of their own, a kernel is
@@ -105,6 +106,7 @@ if [ $sm70 = yes ]; then
             fail "the packages came but do not compile for sm_70: $(cat "$work/log")"
         put "$work/sm70" "$prefix/sm70"
         echo "installed: $prefix/sm70"
+        touch "$root/build/ptx.rs"
     fi
     "$prefix/sm70/bin/ptxas" --version | grep release
 fi

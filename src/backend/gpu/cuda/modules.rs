@@ -87,7 +87,7 @@ fn select<'a>(modules: &'a [Module], gpu: &str, capability: u32) -> Result<Vec<&
         let oldest = modules.iter().map(|module| module.arch).min().unwrap_or_default();
         unusable(
             format!("{gpu} is sm_{capability}, the kernels in this binary need sm_{oldest}"),
-            "build with an older nvcc (variable NVCC): CUDA 12 is the last that targets sm_70",
+            "run tools/install-nvcc.sh --sm70 and build again (nvcc 13 does not target sm_70)",
         )
     })
 }
