@@ -198,6 +198,10 @@ impl<'a> Segmenter<'a> {
     }
 
     fn executor(&mut self, width: usize, height: usize, mode: Mode) -> Result<&mut Inference> {
+        let last = self.kept.last().is_some_and(|k| k.fits(width, height, mode));
+        if !last && !self.under_way.is_empty() {
+            return Err(Error::Usage("segment: collect the photos of another size first".into()));
+        }
         let kept = match self.kept.iter().position(|k| k.fits(width, height, mode)) {
             Some(i) => self.kept.remove(i),
             None => {

@@ -135,7 +135,10 @@ fn photos_of_changing_sizes_get_the_labels_that_they_get_alone() {
     let expected = [alone(own), alone(larger)];
     let mut segmenter = Segmenter::new(&model, settings).unwrap();
     let mut found = Vec::new();
-    for photo in [own, own, own, larger, own] {
+    segmenter.submit(&pixels, network, own).unwrap();
+    assert!(segmenter.prepare(network, larger).is_err(), "its result would be lost");
+    found.push(segmenter.collect().unwrap());
+    for photo in [own, own, larger, own] {
         while !segmenter.has_room(network, photo) {
             found.push(segmenter.collect().unwrap());
         }

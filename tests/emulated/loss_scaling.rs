@@ -16,11 +16,15 @@ struct Run {
     labels: Vec<u8>,
 }
 
-/// A network of one block per stage, a batch of noise.
 fn run(scaling: LossScaling) -> Run {
+    run_in(Precision::F16, scaling)
+}
+
+/// A network of one block per stage, a batch of noise.
+fn run_in(precision: Precision, scaling: LossScaling) -> Run {
     let config = ModelConfig { classes: 3, p: 1, q: 1, branches: 1, ..ModelConfig::default() };
     let params = ParamStore::init(&Graph::fpenet(&config).unwrap().params, 5);
-    let backend = Box::new(emulated(Order::Forward, SHARED, Precision::F16));
+    let backend = Box::new(emulated(Order::Forward, SHARED, precision));
     let mut training = Training::new(&config, &params, backend, 1, SIDE, SIDE).unwrap();
     training.set_counters(Counters { scaling, ..Counters::default() }).unwrap();
     let mut random = Random(11);
@@ -91,4 +95,17 @@ fn losses_add_up_on_the_device_in_the_order_of_the_steps() {
         sum += f64::from(run.step(step).loss);
     }
     assert_eq!(run.training.counters().unwrap().loss_sum.to_bits(), sum.to_bits());
+}
+
+#[test]
+fn half_precision_learns_as_single_precision_does() {
+    let losses = |precision| -> Vec<f32> {
+        let mut run = run_in(precision, scale(1024.0));
+        (1..=6).map(|step| run.step(step).loss).collect()
+    };
+    let (single, half) = (losses(Precision::F32), losses(Precision::F16));
+    assert!(single[5] < 0.9 * single[0], "{single:?}");
+    for (a, b) in single.iter().zip(&half) {
+        assert!((a - b).abs() < 0.02 * a, "{single:?} {half:?}");
+    }
 }

@@ -7,8 +7,8 @@ use cudarc::driver::sys::{CUdeviceptr, CUevent, CUevent_flags, CUstream};
 
 /// Most bytes copied at once: bounds the pinned memory, which the system cannot page out.
 const CHUNK: usize = 32 << 20;
-/// Up to here a copy goes through a small buffer. A training step makes three of them and one or two
-/// large ones; with these buffers the host gets two steps ahead of the GPU before it has to wait.
+/// Up to here a copy goes through a small buffer. A training step makes two of them (label count, rates)
+/// and two large ones (images, labels): the host gets two steps ahead of the GPU before it has to wait.
 const SMALL: usize = 4096;
 
 /// Pinned buffers, used in turns: the host fills one while the GPU reads the others.
