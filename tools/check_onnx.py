@@ -10,7 +10,8 @@ dynamic and with a fixed size, with and without argmax, in several operator sets
 the checker with full_check (shape inference included), and its logits must be those of `fpenet run`
 to a relative L2 of 1e-5. Inputs are the folder's own (odd sizes among them) and random ones of other
 sizes and batches. Labels must be the largest logit's index, but where the two largest lie within 1e-4
-of each other.
+of each other. Last, the recipe of docs/EXCHANGE.md runs on the example photo: its labels must be those
+of `fpenet segment` but for one pixel in a thousand, since a photo leaves near ties.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
@@ -84,6 +86,23 @@ def wrong_labels(labels: np.ndarray, logits: np.ndarray) -> int:
     top = np.sort(logits, axis=1)[:, -2:]
     clear = top[:, 1] - top[:, 0] > TIE
     return int(((labels != logits.argmax(axis=1)) & clear).sum())
+
+
+def check_recipe(binary: Path, runtime: str, folder: Path) -> bool:
+    """The example script against `fpenet segment`, with the bundled model on the example photo."""
+    photo, size = folder / "street.png", (353, 264)
+    Image.open(ROOT / "assets/example/street.jpg").convert("RGB").resize(size).save(photo)
+    fpenet(binary, "segment", photo, "--device", "cpu", "--out", folder)
+    fpenet(binary, "export", "--onnx", folder / "recipe.onnx", "--argmax")
+    script = [sys.executable, str(ROOT / "examples/python/segment.py"), str(folder / "recipe.onnx")]
+    script += [str(photo), str(folder / "labels.png"), "--runtime", runtime]
+    subprocess.run(script, check=True, stdout=subprocess.DEVNULL)
+    found = np.asarray(Image.open(folder / "labels.png"))
+    expected = np.asarray(Image.open(folder / "street.labels.png"))
+    share = float((found != expected).mean()) if found.shape == expected.shape else 1.0
+    print(f"{'ok  ' if share <= 1e-3 else 'FAIL'} examples/python/segment.py, {runtime}: "
+          f"{100 * share:.3f} % of the labels differ")
+    return share <= 1e-3
 
 
 def check_file(path: Path) -> onnx.ModelProto:
@@ -149,6 +168,8 @@ def main() -> int:
                         size = f"{width}x{height}" if fixed else "dynamic"
                         print(f"{'ok  ' if passed else 'FAIL'} {name}, opset {opset}, {size}, {runtime}: "
                               f"relative L2 {worst:.1e}, {wrong} wrong labels")
+        for runtime, _ in runtimes:
+            failed |= not check_recipe(args.fpenet, runtime, folder)
     return int(failed)
 
 

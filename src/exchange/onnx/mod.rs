@@ -41,7 +41,7 @@ pub struct Options {
     /// Width and height of the input; both are dynamic where none. The batch always is.
     pub size: Option<(usize, usize)>,
     /// Whether the output is the class per pixel instead of the logits. The labels are int64,
-    /// ONNX's own type for ArgMax: TensorRT cannot turn integers into uint8 outputs.
+    /// ONNX's own type for ArgMax, which every runtime has; TensorRT's parser casts to no uint8.
     pub argmax: bool,
 }
 
