@@ -18,7 +18,7 @@ use crate::device::{DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::graph::MAX_SIDE;
 use crate::model::Model;
-use crate::segment::input::{check_memory, check_size, network_size, normalise, resize};
+use crate::segment::input::{check_memory, check_size, network_size, resize};
 use crate::segment::{Segmenter, Settings};
 
 /// What every function returns.
@@ -50,7 +50,6 @@ struct Running {
     /// Size of the network, where it is fixed.
     size: Option<(usize, usize)>,
     photo: RgbImage,
-    input: Vec<f32>,
     labels: GrayImage,
 }
 
@@ -184,7 +183,7 @@ impl Engine {
             segmenter.prepare(network, photo)?;
         }
         let (photo, labels) = Default::default();
-        let running = Running { segmenter, _model: model, size, photo, input: Vec::new(), labels };
+        let running = Running { segmenter, _model: model, size, photo, labels };
         Ok(Engine { running: Mutex::new(running), names, palette })
     }
 }
@@ -252,15 +251,16 @@ impl Running {
     fn run(&mut self) -> Result<()> {
         let model = self.segmenter.model();
         let network = network_size(self.photo.dimensions(), self.size, model.train_size);
-        let (width, height) = (network.width, network.height);
-        if self.photo.dimensions() == (width as u32, height as u32) {
-            normalise(&self.photo, model.mean, model.std, &mut self.input);
+        let photo = self.photo.dimensions();
+        check_memory(network)?;
+        self.segmenter.prepare(network, photo)?;
+        if photo == (network.width as u32, network.height as u32) {
+            self.segmenter.submit(&self.photo, network, photo)?;
         } else {
-            check_memory(network)?;
-            let resized = resize(&self.photo, width, height)?;
-            normalise(&resized, model.mean, model.std, &mut self.input);
+            let resized = resize(&self.photo, network.width, network.height)?;
+            self.segmenter.submit(&resized, network, photo)?;
         }
-        self.segmenter.labels_into(&self.input, network, &mut self.labels)
+        self.segmenter.collect_into(&mut self.labels)
     }
 }
 

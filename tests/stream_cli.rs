@@ -228,7 +228,10 @@ fn the_last_line_on_stderr_tells_frames_rate_latency_and_drops() {
     let stderr = String::from_utf8(output.stderr).unwrap();
     let lines: Vec<&str> = stderr.lines().collect();
     assert_eq!(lines.len(), 2, "{stderr}");
-    assert!(lines[0].starts_with("standard input: rgb24: 32x24, network 32x24"), "{stderr}");
+    assert!(
+        lines[0].starts_with("standard input: rgb24, frames 32x24, network the same, cpu: "),
+        "{stderr}"
+    );
     assert!(lines[1].starts_with("20 frames, "), "{stderr}");
     for word in [" fps, latency ", " ms (p99 ", " ms), 0 dropped"] {
         assert!(lines[1].contains(word), "{stderr}");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use fpenet::segment::input::network_size;
+use fpenet::segment::input::{SizeReason, network_size};
 use fpenet::segment::{Segmenter, Settings};
 use fpenet::stream::colour::Matrix;
 use fpenet::stream::pipeline::{self, Options, Status};
@@ -107,8 +107,12 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     // Before the first frame, so that it does not wait for memory.
     segmenter.prepare(network, (width, height))?;
     if !args.quiet {
+        let network = match network.reason {
+            SizeReason::Own => "the same".to_string(),
+            _ => network.to_string(),
+        };
         status_line(format_args!(
-            "{}: {width}x{height}, network {network}, {kind}: {name}\n",
+            "{}, frames {width}x{height}, network {network}, {kind}: {name}\n",
             input.description
         ));
     }

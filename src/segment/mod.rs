@@ -133,20 +133,34 @@ impl<'a> Segmenter<'a> {
     /// # Errors
     /// [`Error::Usage`] where there is none; whatever the device reports.
     pub fn collect(&mut self) -> Result<GrayImage> {
+        let (width, height) = self.under_way.front().copied().unwrap_or_default();
+        let mut labels = GrayImage::new(width, height);
+        self.collect_into(&mut labels)?;
+        Ok(labels)
+    }
+
+    /// [`Segmenter::collect`] into an image of the photo's size.
+    ///
+    /// # Errors
+    /// As [`Segmenter::collect`]; [`Error::Usage`] for an image of another size.
+    pub fn collect_into(&mut self, labels: &mut GrayImage) -> Result<()> {
         let (Some((width, height)), Some(kept)) =
             (self.under_way.pop_front(), self.kept.last_mut())
         else {
             return Err(Error::Usage("segment: expected a photo to collect, found none".into()));
         };
-        let mut labels = GrayImage::new(width, height);
-        if kept.mode == Mode::Labels {
-            kept.inference.collect_labels(&mut labels)?;
-        } else {
-            let logits = kept.inference.collect_logits()?;
-            let shape = Shape::new(1, self.model.config.classes, kept.height, kept.width);
-            argmax_nchw(&logits, shape, height as usize, width as usize, &mut labels);
+        if labels.dimensions() != (width, height) {
+            let (w, h) = labels.dimensions();
+            let text = format!("segment: expected labels of {width}x{height}, found {w}x{h}");
+            return Err(Error::Usage(text));
         }
-        Ok(labels)
+        if kept.mode == Mode::Labels {
+            return kept.inference.collect_labels(labels);
+        }
+        let logits = kept.inference.collect_logits()?;
+        let shape = Shape::new(1, self.model.config.classes, kept.height, kept.width);
+        argmax_nchw(&logits, shape, height as usize, width as usize, labels);
+        Ok(())
     }
 
     /// Labels of one photo. `input` is the normalised photo, 3 x H x W at the network's size;
@@ -161,21 +175,6 @@ impl<'a> Segmenter<'a> {
         (width, height): (u32, u32),
     ) -> Result<GrayImage> {
         let mut labels = GrayImage::new(width, height);
-        self.labels_into(input, network, &mut labels)?;
-        Ok(labels)
-    }
-
-    /// [`Segmenter::labels`] into an image of the photo's size.
-    ///
-    /// # Errors
-    /// As [`Segmenter::labels`].
-    pub fn labels_into(
-        &mut self,
-        input: &[f32],
-        network: NetworkSize,
-        labels: &mut GrayImage,
-    ) -> Result<()> {
-        let (width, height) = labels.dimensions();
         let expected = 3 * network.width * network.height;
         if input.len() != expected {
             return Err(Error::Failed(format!(
@@ -188,13 +187,13 @@ impl<'a> Segmenter<'a> {
         let inference = self.executor(network.width, network.height, mode)?;
         inference.run(input)?;
         if mode == Mode::Labels {
-            inference.labels(labels)
+            inference.labels(&mut labels)?;
         } else {
             let logits = inference.logits()?;
             let shape = Shape::new(1, classes, network.height, network.width);
-            argmax_nchw(&logits, shape, height as usize, width as usize, labels);
-            Ok(())
+            argmax_nchw(&logits, shape, height as usize, width as usize, &mut labels);
         }
+        Ok(labels)
     }
 
     fn executor(&mut self, width: usize, height: usize, mode: Mode) -> Result<&mut Inference> {

@@ -1,14 +1,16 @@
-//! Decode, compute and encode at the same time: three threads in a row with short queues.
+//! Decode, compute and encode at the same time: three threads in a row with short queues. The
+//! middle one submits the next frame to a GPU before it collects the labels of the one before.
 //!
 //! Frames live in a fixed set of buffers that go round: from the free ones to the reader, through
 //! the network, to the writer and back. Memory does not depend on the length of the stream.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded, select};
 use image::{GrayImage, RgbImage};
 
 use super::STDOUT;
@@ -17,12 +19,14 @@ use super::sink::Sink;
 use super::source::Source;
 use crate::error::{Error, Result};
 use crate::segment::Segmenter;
-use crate::segment::input::{NetworkSize, check_memory, normalise, resize};
+use crate::segment::input::{NetworkSize, check_memory, resize};
 
 /// Frames that wait in each queue.
 const QUEUE: usize = 2;
-/// Buffers: two full queues, and one in the hands of each thread.
-const BUFFERS: usize = 2 * QUEUE + 3;
+/// Frames that a GPU works on at once: one, and the next one's copies.
+const UNDER_WAY: usize = 2;
+/// Buffers: two full queues, and what each thread has in its hands.
+const BUFFERS: usize = 2 * QUEUE + UNDER_WAY + 2;
 
 /// How the stream is run.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +54,8 @@ pub struct Status {
 /// One frame on its way, and its buffers.
 struct Frame {
     photo: RgbImage,
-    input: Vec<f32>,
+    /// The photo at the network's size, where that is another.
+    resized: Option<RgbImage>,
     labels: GrayImage,
     read: Instant,
 }
@@ -87,18 +92,16 @@ pub fn run<W: Write + Send>(
     for _ in 0..BUFFERS {
         let frame = Frame {
             photo: RgbImage::new(size.0, size.1),
-            input: Vec::new(),
+            resized: None,
             labels: GrayImage::new(size.0, size.1),
             read: start,
         };
         to_free.send(frame).expect("room for all buffers");
     }
 
-    let model = segmenter.model();
     let reader = Reader {
         source,
         options,
-        normalisation: (model.mean, model.std),
         free: from_free,
         queue: to_network,
         oldest: options.drop_frames.then(|| from_reader.clone()),
@@ -124,8 +127,13 @@ pub fn run<W: Write + Send>(
             shared.stop.store(true, Ordering::Relaxed);
             result
         });
-        let computed =
-            compute_all(&from_reader, &writer_ended, segmenter, options.network, &to_writer);
+        let computing = Computing {
+            segmenter,
+            network: options.network,
+            writer: &to_writer,
+            under_way: VecDeque::new(),
+        };
+        let computed = computing.run(&from_reader, &writer_ended);
         shared.stop.store(true, Ordering::Relaxed);
         drop(to_writer);
         (computed, writer.join())
@@ -147,7 +155,6 @@ struct Shared {
 struct Reader {
     source: Box<dyn Source>,
     options: Options,
-    normalisation: ([f32; 3], [f32; 3]),
     free: Receiver<Frame>,
     queue: Sender<Read>,
     /// The network's end of the queue, to take back the oldest frame.
@@ -190,12 +197,9 @@ impl Reader {
 
     fn prepare(&self, frame: &mut Frame) -> Result<()> {
         frame.read = Instant::now();
-        let (mean, std) = self.normalisation;
         let NetworkSize { width, height, .. } = self.options.network;
-        if frame.photo.dimensions() == (width as u32, height as u32) {
-            normalise(&frame.photo, mean, std, &mut frame.input);
-        } else {
-            normalise(&resize(&frame.photo, width, height)?, mean, std, &mut frame.input);
+        if frame.photo.dimensions() != (width as u32, height as u32) {
+            frame.resized = Some(resize(&frame.photo, width, height)?);
         }
         Ok(())
     }
@@ -235,29 +239,65 @@ impl Reader {
 /// Nobody takes frames any more.
 struct Gone;
 
-fn compute_all(
-    frames: &Receiver<Read>,
-    writer_ended: &Receiver<()>,
-    segmenter: &mut Segmenter,
+/// The middle thread.
+struct Computing<'a, 'm> {
+    segmenter: &'a mut Segmenter<'m>,
     network: NetworkSize,
-    writer: &Sender<Frame>,
-) -> Result<()> {
-    loop {
-        let read = select! {
-            recv(frames) -> read => read,
-            // The writer has its own reason.
-            recv(writer_ended) -> _ => return Ok(()),
-        };
-        let mut frame = match read {
-            Ok(Read::Frame(frame)) => frame,
-            Ok(Read::End(result)) => return result,
-            // The reader always says how it ends, unless it panics.
-            Err(_) => return Err(Error::Failed("the input's thread ended early".into())),
-        };
-        segmenter.labels_into(&frame.input, network, &mut frame.labels)?;
-        if writer.send(frame).is_err() {
-            return Ok(());
+    writer: &'a Sender<Frame>,
+    under_way: VecDeque<Frame>,
+}
+
+impl Computing<'_, '_> {
+    /// Ends without an error where the writer does, which has its own reason.
+    fn run(mut self, frames: &Receiver<Read>, writer_ended: &Receiver<()>) -> Result<()> {
+        loop {
+            let next = if self.under_way.is_empty() {
+                select! {
+                    recv(frames) -> read => read.map_err(|_| TryRecvError::Disconnected),
+                    recv(writer_ended) -> _ => return Ok(()),
+                }
+            } else {
+                // While the next frame is being read, the one under way is not kept waiting.
+                frames.try_recv()
+            };
+            let handed_on = match next {
+                Ok(Read::Frame(frame)) => self.submit(frame)?,
+                Ok(Read::End(result)) => return self.finish().and(result),
+                Err(TryRecvError::Empty) => self.collect()?,
+                // The reader always says how it ends, unless it panics.
+                Err(TryRecvError::Disconnected) => {
+                    return Err(Error::Failed("the input's thread ended early".into()));
+                }
+            };
+            if handed_on.is_err() {
+                return Ok(());
+            }
         }
+    }
+
+    fn submit(&mut self, frame: Frame) -> Result<Result<(), Gone>> {
+        let size = frame.photo.dimensions();
+        while self.under_way.len() == UNDER_WAY || !self.segmenter.has_room(self.network, size) {
+            if self.collect()?.is_err() {
+                return Ok(Err(Gone));
+            }
+        }
+        let pixels = frame.resized.as_ref().unwrap_or(&frame.photo);
+        self.segmenter.submit(pixels, self.network, size)?;
+        self.under_way.push_back(frame);
+        Ok(Ok(()))
+    }
+
+    /// Hands the frame that was submitted first to the writer.
+    fn collect(&mut self) -> Result<Result<(), Gone>> {
+        let Some(mut frame) = self.under_way.pop_front() else { return Ok(Ok(())) };
+        self.segmenter.collect_into(&mut frame.labels)?;
+        Ok(self.writer.send(frame).map_err(|_| Gone))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        while !self.under_way.is_empty() && self.collect()?.is_ok() {}
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@ use crate::device::{DeviceChoice, Precision};
 use crate::model::Model;
 use crate::segment::Settings;
 use crate::segment::input::network_size;
+use crate::segment::input::normalise;
 use crate::stream::colour::Matrix;
 use crate::stream::sink::{Container, Format, Show};
 
