@@ -4,6 +4,7 @@
 //! devices get the same operands for each step, so that an error is charged to the operator that
 //! made it. Backward passes are compared by the gradient of every parameter.
 
+use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::f16;
@@ -11,11 +12,11 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{AdamStep, Backend, Precision, State};
+use crate::backend::{AdamStep, Backend, Counters, LossScaling, Precision, State};
 use crate::config::{Attention, BlockActivation, Decoder, ModelConfig};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Mode, ParamRole, ParamSpec, ParamStore, Plan, Tensor, passes};
-use crate::reference::compare::{Comparison, Tolerances};
+use crate::reference::compare::{Comparison, TENSOR_OVER_WHOLE, Tolerances};
 
 /// Worst result of one operator in one direction over all cases.
 #[derive(Debug, Clone)]
@@ -336,7 +337,10 @@ impl Test<'_> {
             label => label,
         };
         let labels: Vec<u8> = (0..case.n * case.h * case.w).map(|_| label(rng)).collect();
+        // 2^16 would be too much for gradients of so few pixels.
+        let scaling = LossScaling { scale: 256.0, ..LossScaling::default() };
         for side in [&mut cpu, &mut gpu] {
+            side.backend.write_counters(Counters { scaling, ..Counters::default() })?;
             side.backend.write_labels(&labels)?;
             side.backend.backward(&side.plan)?;
         }
@@ -353,14 +357,23 @@ impl Test<'_> {
 
         let expected = cpu.state(State::Grads)?;
         let found = gpu.state(State::Grads)?;
+        let whole = Comparison::relative_l2(&found, &expected);
+        self.note("network backward".into(), whole, case.name.into(), tolerance);
         let steps = cpu.plan.steps.clone();
         for step in &steps {
             for id in step.op.params() {
                 let spec = &cpu.plan.params[id.0];
                 if spec.role.trainable() {
                     let range = spec.range();
-                    let comparison =
-                        Comparison::relative_l2(&found[range.clone()], &expected[range]);
+                    let (comparison, tolerance) = match self.precision {
+                        Precision::F32 => {
+                            let found = &found[range.clone()];
+                            (Comparison::relative_l2(found, &expected[range]), tolerance)
+                        }
+                        Precision::F16 => {
+                            (half_gradient(&found, &expected, range), TENSOR_OVER_WHOLE * tolerance)
+                        }
+                    };
                     let place = format!("{}; {}", spec.name, case.name);
                     let name = format!("{} backward", step.op.kind());
                     self.note(name, comparison, place, tolerance);
@@ -380,6 +393,18 @@ impl Test<'_> {
         }
         Ok(())
     }
+}
+
+/// One parameter's gradient in half precision, relative to its own norm, or to a thousandth of the whole
+/// gradient's where it is smaller: what is nothing but cancellation leaves rounding alone.
+fn half_gradient(found: &[f32], expected: &[f32], range: Range<usize>) -> Comparison {
+    let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+    let comparison = Comparison::relative_l2(&found[range.clone()], &expected[range.clone()]);
+    let (own, least) = (norm(&expected[range]), 1e-3 * norm(expected));
+    if comparison.absolute || own >= least {
+        return comparison;
+    }
+    Comparison { error: comparison.error * own / least, ..comparison }
 }
 
 /// Initial weights, and everything that starts at 0 or 1 drawn from around there.
