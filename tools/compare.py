@@ -60,10 +60,12 @@ TRAIN_ENGINES = {
 def limits(name: str) -> tuple[float, float]:
     """Largest relative L2 of the logits and smallest label agreement, by the precision in an engine's name.
 
-    f32: sums in another order. Others round operands: TF32 to 10 bits of mantissa, f16 and bf16 (which
-    OpenVINO may take by itself) storage as well.
+    f32: sums in another order. Others round operands: TF32 to 10 bits of mantissa, f16 storage as well,
+    bf16 (which OpenVINO takes by itself where the processor has it) to 7.
     """
-    if name.endswith(("f16", "default")):
+    if name.endswith("default"):
+        return 1e-1, 0.95
+    if name.endswith("f16"):
         return 5e-2, 0.97
     if name.endswith("tf32"):
         return 1e-2, 0.99
@@ -263,7 +265,7 @@ def self_check() -> None:
         except RuntimeError:
             continue
         raise AssertionError("a wrong output passed")
-    assert limits("fpenet-f16") == limits("openvino-default") and limits("tensorrt-tf32")[0] < 5e-2
+    assert limits("tensorrt-tf32")[0] < limits("fpenet-f16")[0] < limits("openvino-default")[0]
     assert limits("onnxruntime")[0] == limits("fpenet-f32")[0] == 1e-4
     for name in peers.NETWORKS:
         peers.check(name)

@@ -226,15 +226,30 @@ impl Cache {
     }
 }
 
-/// Every choice of [`Variants`] by its key in text, with its values.
-pub const DIMENSIONS: [(&str, &[&str]); 6] = [
+/// Choices by their key in text, with the values to try. A key that [`Variants`] does not have in this
+/// build is passed over.
+pub const DIMENSIONS: [(&str, &[&str]); 10] = [
     ("products", &["blas", "fused"]),
     ("pairs", &["separate", "fused"]),
     ("pair_pixels", &["32", "64", "128"]),
     ("stage_weights", &["off", "on"]),
     ("cascade", &["wide", "stored"]),
     ("cascade_kb", &["0", "24", "48", "64", "96"]),
+    ("decoder", &["separate", "grouped"]),
+    ("stem", &["separate", "fused"]),
+    ("strided", &["separate", "fused"]),
+    ("dependent_launch", &["off", "on"]),
 ];
+
+/// Keys of [`Variants`] that are not tried: what a plan was made with is settled before it is tuned.
+pub const SETTLED: [&str; 1] = ["rewrites"];
+
+/// The dimensions of this build.
+pub fn dimensions() -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
+    let text = Variants::default().to_string();
+    let has = move |key: &str| text.split(',').any(|item| item.split('=').next() == Some(key));
+    DIMENSIONS.into_iter().filter(move |(key, _)| has(key))
+}
 
 /// The rewrites of the inference graph that the GPU backend asks for.
 pub const REWRITES: Rewrites = Rewrites::NONE;
@@ -263,7 +278,7 @@ pub fn climb(
     let mut best = (start, known[0].1.ok_or_else(unusable)?);
     loop {
         let before = best.0;
-        for (key, values) in DIMENSIONS {
+        for (key, values) in dimensions() {
             for value in values {
                 let candidate = changed(best.0, key, value)?;
                 if known.iter().any(|(variants, _)| *variants == candidate) {

@@ -418,8 +418,8 @@ pub fn pair_tiling(
         Element::F32 => &F32[..],
     };
     let of_width = all.iter().filter(|(w, ..)| *w == width).map(tile);
-    let fitting = of_width.filter(|tiling| tiling.shared_bytes <= limit);
-    fitting.clone().find(|tiling| tiling.pixels <= pixels).or(fitting.last())
+    let mut fitting = of_width.filter(|tiling| tiling.shared_bytes <= limit);
+    fitting.clone().find(|tiling| tiling.pixels <= pixels).or_else(|| fitting.next_back())
 }
 
 /// pe.cu: a block per tile of pixels.
