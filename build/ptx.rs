@@ -22,8 +22,9 @@ const OLDEST_ARCH: u32 = 70;
 const NVRTC_ARCH: u32 = 70;
 /// Architecture of the Hopper variants.
 const HOPPER: u32 = 90;
-/// A kernel file with these words, or with a header that has them, has a Hopper variant.
-const HOPPER_MARK: &str = "__CUDA_ARCH__ >= 900";
+/// A kernel file with this call (kernels/common.cuh), or with a header that has it, has a Hopper
+/// variant.
+const HOPPER_MARK: &str = "wait_for_previous();";
 
 /// An nvcc that was found, and what it can do.
 struct Nvcc {

@@ -2,7 +2,7 @@
 // branches is a chain: u_i = D_i(s_i), s_1 = x_1, s_i = x_i + y_(i-1) (or x_i without addition),
 // D_i a depthwise 3x3 convolution of dilation d_i, padding d_i, stride 1 or 2.
 //
-// Inference, cascade_forward: y_i = relu(D_i(s_i) + bias_i), batch norm folded; all branches in one
+// Inference, cascade_forward (cascade_walk.cu is the other way to do it): y_i = relu(D_i(s_i) + bias_i), batch norm folded; all branches in one
 // launch. A block takes one chain of one image, either the whole plane (then y may be x) or a tile
 // of the output with a halo: branch i is computed as far beyond the tile as the following branches
 // read, the sum of their dilations. s_i and y_i are in shared memory, in f32.
@@ -15,17 +15,9 @@
 // depthwise_forward writes u_i; its backward is depthwise_backward_data (ds_i = D_i^T du_i, gathered)
 // and depthwise_backward_weight (nine sums per chain in two levels). They read global memory
 // directly, the reuse of the nine taps is L1's.
-#include "common.cuh"
+#include "cascade.cuh"
 
 namespace {
-
-struct Four {
-    int v[4];
-    // Unrolled selection: a dynamically indexed array would live in local memory.
-    __device__ __forceinline__ int at(int i) const {
-        return i == 0 ? v[0] : i == 1 ? v[1] : i == 2 ? v[2] : v[3];
-    }
-};
 
 template <typename T>
 __device__ __forceinline__ void cascade_forward(const T* x, T* y, const float* __restrict__ params,
@@ -46,6 +38,8 @@ __device__ __forceinline__ void cascade_forward(const T* x, T* y, const float* _
     if (addition) {
         for (int i = 1; i < branches; ++i) reach += dilations.at(i);
     }
+    start_next();
+    wait_for_previous();
     for (int branch = 0; branch < branches; ++branch) {
         const int dilation = dilations.at(branch);
         if (addition && branch > 0) reach -= dilation;

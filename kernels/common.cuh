@@ -42,6 +42,22 @@ __device__ __forceinline__ size_t plane_at(int n, int batch_stride, int c, int p
     return static_cast<size_t>(n) * batch_stride + static_cast<size_t>(c) * plane_stride;
 }
 
+// Programmatic dependent launch: a kernel that is launched so may start while the one before it still
+// runs, and reads nothing of that one's before it has waited for its end. `start_next` lets the next
+// kernel's blocks start as soon as all blocks of this one have. Every kernel that waits may be
+// launched so (src/backend/gpu/cuda/modules.rs finds them); nothing happens before Hopper.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void start_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // max(v, 0) that lets NaN through, so that it shows.
 __device__ __forceinline__ float relu(float v) { return v < 0.0f ? 0.0f : v; }
 

@@ -56,6 +56,8 @@ __device__ __forceinline__ void conv1x1_f16(const __half* __restrict__ x,
     y += plane_at(blockIdx.z, op.y_batch, 0, 0);
     if (residual != nullptr) residual += plane_at(blockIdx.z, op.r_batch, 0, 0);
 
+    start_next();
+    wait_for_previous();
     int staged = -1;
     for (int tile = blockIdx.y; tile * R < op.out_c; tile += gridDim.y) {
         Sums acc[TILES];
@@ -149,6 +151,8 @@ __device__ __forceinline__ void conv1x1_f32(const float* __restrict__ x,
     x += plane_at(blockIdx.z, op.x_batch, 0, 0);
     y += plane_at(blockIdx.z, op.y_batch, 0, 0) + first;
     if (residual != nullptr) residual += plane_at(blockIdx.z, op.r_batch, 0, 0) + first;
+    start_next();
+    wait_for_previous();
     // A thread stages the same pixel of every fourth channel.
     const int staged = threadIdx.x % PIXELS;
     const int from = staged < count ? op.source(first + staged) : 0;
@@ -189,6 +193,8 @@ template <typename T>
 __device__ __forceinline__ void conv1x1_thin(const T* __restrict__ x, const float* __restrict__ w,
                                              const float* __restrict__ bias, const T* residual,
                                              T* y, int act, Conv op) {
+    start_next();
+    wait_for_previous();
     const int p = blockIdx.x * blockDim.x + threadIdx.x, c = blockIdx.y;
     if (p >= op.pixels) return;
     const T* from = x + plane_at(blockIdx.z, op.x_batch, 0, 0) + op.source(p);
@@ -206,6 +212,8 @@ __device__ __forceinline__ void conv1x1_vector(const T* __restrict__ x,
                                                const float* __restrict__ w,
                                                const float* __restrict__ bias, const T* residual,
                                                T* y, int act, Conv op) {
+    start_next();
+    wait_for_previous();
     const int c = blockIdx.x * TILE_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (c >= op.out_c) return;
     float v = 0.0f;

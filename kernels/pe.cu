@@ -47,6 +47,7 @@ __device__ __forceinline__ void pair_f16(const __half* __restrict__ x, const __h
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * P;
     const bool inside = aligned && first + P <= pixels;
 
+    start_next();
     if (STAGED) {
         __half* staged1 = ys + C * PITCH;
         __half* staged2 = staged1 + C * PITCH1;
@@ -55,6 +56,7 @@ __device__ __forceinline__ void pair_f16(const __half* __restrict__ x, const __h
         w1 = staged1;
         w2 = staged2;
     }
+    wait_for_previous();
     stage_pixels<E, P, PITCH>(x, x_plane, first, pixels, aligned, xs);
     __syncthreads();
 
@@ -163,6 +165,8 @@ __device__ __forceinline__ void pair_f32(const float* __restrict__ x,
                                          const float* __restrict__ b2, float* z, int act1, int act2,
                                          int pixels, Planes px, Planes pr, Planes py, Planes pz) {
     constexpr int E = 4 * C, R = C / 16;
+    start_next();
+    wait_for_previous();
     DYNAMIC_SHARED(float, shared);
     float* ys = shared;
     float* xs = ys + C * PITCH_F32;

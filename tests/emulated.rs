@@ -9,6 +9,8 @@ mod harness;
 mod images;
 #[path = "emulated/loss_scaling.rs"]
 mod loss_scaling;
+#[path = "emulated/network.rs"]
+mod network;
 #[path = "emulated/products.rs"]
 mod products;
 #[path = "emulated/tensor_cores.rs"]
@@ -25,7 +27,10 @@ use fpenet::ops::{
     Act, Activation, BatchNorm, BnParams, Cascade, Conv1x1, Conv3x3, MeuFuse, Norm, Op,
 };
 use fpenet::reference;
-use harness::{Case, Params, Random, SHARED, check, check_half, emulated, half_error};
+use harness::{
+    Case, Params, Random, SHARED, check, check_half, check_half_variants, check_variants, emulated,
+    half_error,
+};
 
 const WEIGHT: ParamRole = ParamRole::Weight { fan_out: 1 };
 
@@ -198,10 +203,15 @@ fn inference_cascades_agree_with_the_cpu() {
                     let (op, params) = cascade(dilations, stride, addition, true);
                     let x = shape(size, 2 * dilations.len());
                     let case = Case::inference(op, &[x], params);
-                    check(&case, shared);
-                    check_half(&case, shared);
+                    for variants in [Variants::PLAIN, Variants::default()] {
+                        check_variants(&case, shared, variants);
+                        check_half_variants(&case, shared, variants);
+                    }
                     if stride == 1 {
-                        check(&Case { in_place: true, ..case }, shared);
+                        let case = Case { in_place: true, ..case };
+                        check_variants(&case, shared, Variants::PLAIN);
+                        check(&case, shared);
+                        check_half(&case, shared);
                     }
                 }
             }
@@ -214,8 +224,14 @@ fn cascades_of_large_planes_agree_with_the_cpu() {
     // Blocks of 1024 threads: the whole plane, and tiles of 32 x 64 with the halo of 15.
     for shared in [SHARED, 64 * 1024] {
         let (op, params) = cascade(&[1, 2, 4, 8], 1, true, true);
-        check(&Case::inference(op, &[Shape::new(1, 8, 90, 130)], params), shared);
+        let case = Case::inference(op, &[Shape::new(1, 8, 90, 130)], params);
+        check_variants(&case, shared, Variants::PLAIN);
+        check(&case, shared);
     }
+    // Halves take half the room: the same tiles in half the shared memory.
+    let (op, params) = cascade(&[1, 2, 4, 8], 1, true, true);
+    let case = Case::inference(op, &[Shape::new(1, 8, 75, 131)], params);
+    check_half(&case, 32 * 1024);
 }
 
 #[test]

@@ -18,7 +18,7 @@ use super::harness::{
 const BLAS: Variants = Variants { products: Products::Blas, ..Variants::PLAIN };
 const KERNELS: Variants = Variants { products: Products::Fused, ..Variants::PLAIN };
 
-fn conv(params: &mut Params, inp: usize, out: usize, act: Act) -> Conv1x1 {
+pub(super) fn conv(params: &mut Params, inp: usize, out: usize, act: Act) -> Conv1x1 {
     Conv1x1 {
         in_channels: inp,
         out_channels: out,
@@ -121,7 +121,7 @@ fn run(pair: &Pair, backend: &mut dyn Backend) -> [Vec<f32>; 2] {
 }
 
 /// Names of a plan's kernels.
-fn kernels(
+pub(super) fn kernels(
     plan: &Plan,
     element: Element,
     shared_limit: usize,

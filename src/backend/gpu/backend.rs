@@ -16,6 +16,7 @@ use crate::backend::{
     AdamStep, Backend, Counters, Images, Mark, Output, Precision, Rgb, State, Work,
 };
 use crate::error::{Error, Result};
+use crate::graph::passes::Rewrites;
 use crate::graph::{Mode, Plan, Tensor};
 
 /// Numbers of the command sequences that a device may record ([`GpuDevice::submit`]).
@@ -119,6 +120,14 @@ impl<D: GpuDevice> GpuBackend<D> {
     /// The device.
     pub fn device(&self) -> &D {
         &self.device
+    }
+
+    /// The choice of kernels in force.
+    fn variants(&self) -> Result<Variants> {
+        match self.variants {
+            Some(variants) => Ok(variants),
+            None => Ok(Variants::from_env()?.unwrap_or_default()),
+        }
     }
 
     fn parts(&mut self) -> Result<(&mut D, &mut Prepared)> {
@@ -228,6 +237,12 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         self.device.describe()
     }
 
+    fn rewrites(&self) -> Rewrites {
+        // A wrong choice in the environment is reported by `prepare`.
+        let variants = self.variants().unwrap_or_default();
+        if variants.rewrites { choice::REWRITES } else { Rewrites::NONE }
+    }
+
     fn prepare(&mut self, plan: &Plan) -> Result<()> {
         let training = plan.mode == Mode::Training;
         let element = match self.precision {
@@ -237,6 +252,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         let chosen = self.choice(plan, element)?;
         let variants = chosen.choice.variants;
         self.release()?;
+        self.device.overlap_launches(variants.dependent_launch);
         let graphs = self.graphs.unwrap_or(chosen.choice.graphs);
         if graphs != self.device.records() {
             self.device.use_graphs(graphs);
@@ -350,7 +366,9 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         }
         self.forward(plan)?;
         if plan.mode == Mode::Labels {
-            self.run(LABELS, |program| &program.labels)?;
+            if !self.parts()?.1.program.labels.is_empty() {
+                self.run(LABELS, |program| &program.labels)?;
+            }
         }
         let (device, prepared) = self.parts()?;
         let (from, bytes) = prepared.result(plan);
@@ -476,7 +494,9 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
                 found: format!("{}", out.len()),
             });
         }
-        self.run(LABELS, |program| &program.labels)?;
+        if !self.parts()?.1.program.labels.is_empty() {
+            self.run(LABELS, |program| &program.labels)?;
+        }
         self.labels_computed = Some(self.device.mark()?);
         let (device, prepared) = self.parts()?;
         device.download(prepared.memory.labels.into(), out)

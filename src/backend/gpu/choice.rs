@@ -251,8 +251,8 @@ pub fn dimensions() -> impl Iterator<Item = (&'static str, &'static [&'static st
     DIMENSIONS.into_iter().filter(move |(key, _)| has(key))
 }
 
-/// The rewrites of the inference graph that the GPU backend asks for.
-pub const REWRITES: Rewrites = Rewrites::NONE;
+/// The rewrites of the inference graph that the GPU backend asks for ([`Variants::rewrites`]).
+pub const REWRITES: Rewrites = Rewrites::ALL;
 
 /// The choice with one value changed.
 ///

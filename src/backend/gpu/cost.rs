@@ -284,10 +284,17 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
             let before = if launch.args.get(1) == Some(&Arg::Null) { 0 } else { elements };
             (size * (input + before + elements), 0, 19 * elements)
         }
-        "cascade_forward" => {
+        "cascade_forward" | "cascade_walk" => {
             let again = cascade_loads(step, launch).saturating_sub(read);
             (whole, size * again, 20 * output)
         }
+        "decoder_spatial"
+        | "weighted_pool_gather"
+        | "decoder_means"
+        | "decoder_gates"
+        | "meu_compose"
+        | "meu_scores"
+        | "scores_argmax" => decoder(class, launch, size, whole),
         // Four products and three sums per bilinear sample; gates besides.
         "resize_forward" => (whole, 0, 7 * output),
         "meu_fuse_forward" => (whole, 0, 10 * output),
@@ -326,6 +333,52 @@ fn of(launch: &Launch, bytes: u64, flops: u64) -> CommandCost {
     }
 }
 
+/// Bytes, bytes read again and FLOPs of a launch of the collapsed decoder, by its arguments (the
+/// kernels' parameters after their pointers); `whole` is that of all its step.
+fn decoder(class: &str, launch: &Launch, size: usize, whole: usize) -> (usize, usize, usize) {
+    let n = launch.grid[2] as usize;
+    let at = |i: usize| int(launch, i);
+    match class {
+        "decoder_spatial" => {
+            let (c1, c2, p1, p2) = (at(10), at(11), at(12), at(13));
+            (n * size * ((c1 + 1) * p1 + (c2 + 1) * p2), 0, 2 * n * (c1 * p1 + c2 * p2))
+        }
+        "weighted_pool_gather" => {
+            let (low, high) = (at(2) * at(3), at(4) * at(5));
+            (n * (4 * low + size * high), 0, 8 * n * high)
+        }
+        "decoder_means" => {
+            let (c3, c2, low, high) = (at(5), at(6), at(7), at(8));
+            let bytes = size * (c3 * low + (c2 + 1) * high) + 4 * low;
+            (n * bytes, n * 4 * (c3 - 1) * low, n * (3 * c3 * low + (c2 + 1) * high))
+        }
+        "decoder_gates" => {
+            let (c3, c2, width2, width1) = (at(21), at(22), at(23), at(24));
+            let (in1, classes) = (at(25), at(26));
+            let gates = width2 * (2 * c3 + c2 + 1) + width1 * width2;
+            let maps = (classes + c2) * width2 + (classes + in1) * width1;
+            let composed = classes * (width2 * (c2 + 1) + width1 * (in1 + 1));
+            let blocks = launch.grid[0] as usize * n;
+            (4 * (gates + maps), 4 * (blocks - 1) * gates, 2 * (blocks * gates + n * composed))
+        }
+        "meu_compose" => {
+            let (classes, width, inputs) = (at(6), at(7), at(8));
+            let bytes = (classes + inputs + 1) * width + n * classes * (inputs + 1);
+            (4 * bytes, 0, 2 * n * classes * width * (inputs + 1))
+        }
+        "meu_scores" => {
+            let (classes, inputs, pixels) = (at(5), at(6), at(9) * at(10));
+            (whole, 0, n * pixels * classes * (2 * inputs + 8))
+        }
+        _ => {
+            let (classes, inputs) = (at(5), at(6));
+            let (low, pixels, labels) = (at(7) * at(8), at(9) * at(10), at(11) * at(12));
+            let bytes = size * (classes * low + (inputs + 1) * pixels) + labels;
+            (n * bytes, 0, n * classes * (pixels * (2 * inputs + 8) + 8 * labels))
+        }
+    }
+}
+
 /// Input elements that the blocks of a fused cascade load, halos included.
 fn cascade_loads(step: &Step, launch: &Launch) -> usize {
     let (Op::Cascade(op), x, y) = (&step.op, step.inputs[0].shape, step.output.shape) else {
@@ -338,8 +391,9 @@ fn cascade_loads(step: &Step, launch: &Launch) -> usize {
         input: (x.h, x.w),
         output: (y.h, y.w),
     };
-    // After pointers, three settings, dilations, weights, biases and the region.
-    let tile = (int(launch, 19), int(launch, 20));
+    // After pointers, two or three settings, dilations, weights, biases and the region.
+    let first = if class(launch.kernel) == "cascade_walk" { 18 } else { 19 };
+    let tile = (int(launch, first), int(launch, first + 1));
     shape.loaded(tile) * op.width() * x.n
 }
 

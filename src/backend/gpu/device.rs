@@ -215,6 +215,12 @@ pub trait GpuDevice: Send {
         Mark::host_time(from, to)
     }
 
+    /// Whether kernels launched from now on may start before the ones before them end, waiting by
+    /// themselves where they need to (programmatic dependent launch); devices without it ignore it.
+    fn overlap_launches(&mut self, on: bool) {
+        let _ = on;
+    }
+
     /// Waits until all commands are done.
     ///
     /// # Errors

@@ -37,6 +37,36 @@ pub enum CascadePlanes {
     Stored,
 }
 
+/// How the collapsed decoder runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decoder {
+    /// Every operator by itself.
+    Separate,
+    /// The gates in a few launches (kernels/decoder.cu), scores with resize and argmax in one.
+    Grouped,
+}
+
+/// How the stem and the block of stage 1 run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stem {
+    /// Every operator by itself.
+    Separate,
+    /// In one launch (kernels/stem_block.cu).
+    Fused,
+}
+
+/// How the strided blocks run on the even grid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Strided {
+    /// Every operator by itself.
+    Separate,
+    /// Expansion and branches in one launch (kernels/strided_block.cu, f16).
+    Fused,
+}
+
 /// The choices for one plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
@@ -54,6 +84,18 @@ pub struct Variants {
     /// Most shared memory of a cascade's block in KB, which decides its tile; 0 for what the device
     /// allows. Smaller tiles load wider halos and fill more multiprocessors.
     pub cascade_kb: usize,
+    /// Whether inference runs the graph that saves work: strided blocks on the even grid, the decoder
+    /// collapsed into the classifier ([`Rewrites`](crate::graph::passes::Rewrites)).
+    pub rewrites: bool,
+    /// The collapsed decoder.
+    pub decoder: Decoder,
+    /// Stem and stage 1.
+    pub stem: Stem,
+    /// Strided blocks.
+    pub strided: Strided,
+    /// Whether a kernel may start before the one before it ends (programmatic dependent launch), on
+    /// GPUs and drivers that have it: Hopper, CUDA 12.3.
+    pub dependent_launch: bool,
 }
 
 impl Default for Variants {
@@ -65,6 +107,11 @@ impl Default for Variants {
             stage_weights: true,
             cascade: CascadePlanes::Stored,
             cascade_kb: 0,
+            rewrites: true,
+            decoder: Decoder::Grouped,
+            stem: Stem::Fused,
+            strided: Strided::Fused,
+            dependent_launch: true,
         }
     }
 }
@@ -78,6 +125,11 @@ impl Variants {
         stage_weights: false,
         cascade: CascadePlanes::Wide,
         cascade_kb: 0,
+        rewrites: false,
+        decoder: Decoder::Separate,
+        stem: Stem::Separate,
+        strided: Strided::Separate,
+        dependent_launch: false,
     };
 
     /// Name of the variable that [`Variants::from_env`] reads.
@@ -127,16 +179,30 @@ impl Variants {
                 let kb = value.parse().ok().filter(|kb| *kb <= 1024);
                 self.cascade_kb = kb.ok_or("a number from 0 to 1024")?;
             }
-            _ => {
-                return Err(
-                    "one of products, pairs, pair_pixels, stage_weights, cascade, cascade_kb",
-                );
+            "rewrites" => self.rewrites = one_of(value, &SWITCH, "on or off")?,
+            "decoder" => {
+                let names = [("separate", Decoder::Separate), ("grouped", Decoder::Grouped)];
+                self.decoder = one_of(value, &names, "separate or grouped")?;
             }
+            "stem" => {
+                let names = [("separate", Stem::Separate), ("fused", Stem::Fused)];
+                self.stem = one_of(value, &names, "separate or fused")?;
+            }
+            "strided" => {
+                let names = [("separate", Strided::Separate), ("fused", Strided::Fused)];
+                self.strided = one_of(value, &names, "separate or fused")?;
+            }
+            "dependent_launch" => {
+                self.dependent_launch = one_of(value, &SWITCH, "on or off")?;
+            }
+            _ => return Err(KEYS),
         }
         Ok(())
     }
 }
 
+const KEYS: &str = "one of products, pairs, pair_pixels, stage_weights, cascade, cascade_kb, rewrites, decoder, \
+                    stem, strided, dependent_launch";
 /// `on` and `off`.
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
@@ -155,14 +221,29 @@ impl std::fmt::Display for Variants {
             CascadePlanes::Wide => "wide",
             CascadePlanes::Stored => "stored",
         };
+        let decoder = match self.decoder {
+            Decoder::Separate => "separate",
+            Decoder::Grouped => "grouped",
+        };
+        let stem = match self.stem {
+            Stem::Separate => "separate",
+            Stem::Fused => "fused",
+        };
+        let strided = match self.strided {
+            Strided::Separate => "separate",
+            Strided::Fused => "fused",
+        };
         let switch = |on: bool| if on { "on" } else { "off" };
         write!(
             f,
             "products={products},pairs={pairs},pair_pixels={},stage_weights={},cascade={cascade},\
-             cascade_kb={}",
+             cascade_kb={},rewrites={},decoder={decoder},stem={stem},strided={strided},\
+             dependent_launch={}",
             self.pair_pixels,
             switch(self.stage_weights),
             self.cascade_kb,
+            switch(self.rewrites),
+            switch(self.dependent_launch),
         )
     }
 }

@@ -20,7 +20,9 @@ use std::time::Duration;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{
-    CUdevice_attribute, CUdeviceptr, CUgraphInstantiate_flags, CUresult, CUstreamCaptureMode,
+    self, CUdevice_attribute, CUdeviceptr, CUfunction, CUgraphInstantiate_flags, CUlaunchAttribute,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult, CUstream,
+    CUstreamCaptureMode,
 };
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
 
@@ -55,6 +57,9 @@ pub struct CudaDevice {
     capability: u32,
     shared_limit: usize,
     use_graphs: bool,
+    /// Whether GPU and driver have programmatic dependent launch, and whether it is wanted.
+    can_overlap: bool,
+    overlap: bool,
     /// What was launched last, for errors that show up only when waiting.
     last: &'static str,
 }
@@ -140,6 +145,9 @@ impl CudaDevice {
             capability,
             shared_limit,
             use_graphs: std::env::var_os("FPENET_CUDA_GRAPHS").is_none_or(|value| value != "0"),
+            // Graphs take such launches over from CUDA 12.3 on.
+            can_overlap: capability >= 90 && driver >= (12, 3),
+            overlap: false,
             last: "nothing",
         })
     }
@@ -285,17 +293,17 @@ impl GpuDevice for CudaDevice {
         let mut pointers: Vec<*mut c_void> =
             cells.iter_mut().map(|cell| cell.as_mut_ptr().cast()).collect();
         self.last = launch.kernel;
+        let stream = self.stream.cu_stream();
         // The driver copies the arguments before it returns; launch descriptions and kernels are
         // checked against each other on the emulated device.
         let launched = unsafe {
-            result::launch_kernel(
-                function,
-                launch.grid.into(),
-                launch.block.into(),
-                launch.shared_bytes,
-                self.stream.cu_stream(),
-                &mut pointers,
-            )
+            if self.overlap && function.waits {
+                launch_dependent(function.handle, launch, stream, &mut pointers)
+            } else {
+                let (grid, block) = (launch.grid.into(), launch.block.into());
+                let shared = launch.shared_bytes;
+                result::launch_kernel(function.handle, grid, block, shared, stream, &mut pointers)
+            }
         };
         launched.map_err(|error| {
             let Launch { grid, block, shared_bytes, .. } = launch;
@@ -373,6 +381,10 @@ impl GpuDevice for CudaDevice {
         self.events.elapsed(from, to).map_err(|error| self.late(error))
     }
 
+    fn overlap_launches(&mut self, on: bool) {
+        self.overlap = on && self.can_overlap;
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         self.stream.synchronize().map_err(|error| self.late(error))
     }
@@ -385,6 +397,37 @@ impl Drop for CudaDevice {
         let _ = self.stream.synchronize();
         let _ = self.lanes.synchronize();
     }
+}
+
+/// Launches a kernel that may start before the one before it ends (programmatic dependent launch).
+///
+/// # Safety
+/// The arguments are the kernel's, and the kernel waits before it reads another's results.
+unsafe fn launch_dependent(
+    function: CUfunction,
+    launch: &Launch,
+    stream: CUstream,
+    arguments: &mut [*mut c_void],
+) -> std::result::Result<(), DriverError> {
+    let mut attribute = CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = CUlaunchConfig {
+        gridDimX: launch.grid[0],
+        gridDimY: launch.grid[1],
+        gridDimZ: launch.grid[2],
+        blockDimX: launch.block[0],
+        blockDimY: launch.block[1],
+        blockDimZ: launch.block[2],
+        sharedMemBytes: launch.shared_bytes,
+        hStream: stream,
+        attrs: &mut attribute,
+        numAttrs: 1,
+    };
+    let none = std::ptr::null_mut();
+    unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), none) }.result()
 }
 
 /// Device memory, aligned to 256 bytes by the driver; the context must be current.

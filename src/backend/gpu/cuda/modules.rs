@@ -26,10 +26,18 @@ pub(super) struct Module {
 // NVCC_VERSION and MODULES, written by build.rs.
 include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 
+/// A kernel, loaded.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Function {
+    pub(super) handle: CUfunction,
+    /// Whether it waits for the kernel before it by itself, and so may start before that one ends.
+    pub(super) waits: bool,
+}
+
 /// Every kernel of the binary, loaded for one GPU.
 pub(super) struct Kernels {
     modules: Vec<CUmodule>,
-    functions: HashMap<&'static str, CUfunction>,
+    functions: HashMap<&'static str, Function>,
     /// Architectures of the PTX in use, ascending.
     pub(super) archs: Vec<u32>,
 }
@@ -44,9 +52,10 @@ impl Kernels {
         for module in select(MODULES, gpu, capability)? {
             let handle = load_module(module)?;
             kernels.modules.push(handle);
-            for entry in entries(module.ptx) {
-                let function = load_function(handle, entry, shared_limit)?;
-                kernels.functions.insert(entry, function);
+            for (entry, body) in bodies(module.ptx) {
+                let handle = load_function(handle, entry, shared_limit)?;
+                let waits = body.contains("griddepcontrol.wait");
+                kernels.functions.insert(entry, Function { handle, waits });
             }
             kernels.archs.push(module.arch);
         }
@@ -56,7 +65,7 @@ impl Kernels {
     }
 
     /// A kernel by the name of its entry point.
-    pub(super) fn get(&self, kernel: &str) -> Result<CUfunction> {
+    pub(super) fn get(&self, kernel: &str) -> Result<Function> {
         self.functions.get(kernel).copied().ok_or_else(|| Error::Kernel {
             kernel: kernel.into(),
             problem: "is not in this binary; build again (kernels/*.cu and code disagree)".into(),
@@ -92,11 +101,11 @@ fn select<'a>(modules: &'a [Module], gpu: &str, capability: u32) -> Result<Vec<&
     })
 }
 
-/// Names of the kernels in a PTX file.
-fn entries(ptx: &str) -> impl Iterator<Item = &str> {
-    ptx.lines().filter_map(|line| {
-        let (_, name) = line.split_once(".entry ")?;
-        Some(name.trim_end_matches(['(', ')', ' ']))
+/// The kernels in a PTX file: name and what follows it, up to the next kernel.
+fn bodies(ptx: &str) -> impl Iterator<Item = (&str, &str)> {
+    ptx.split(".entry ").skip(1).map(|text| {
+        let name = text.lines().next().unwrap_or_default();
+        (name.trim_end_matches(['(', ')', ' ']), text)
     })
 }
 
@@ -159,7 +168,8 @@ mod tests {
 
     #[test]
     fn kernels_are_found_in_ptx() {
-        assert_eq!(entries(PTX).collect::<Vec<_>>(), ["scale_f32", "fill"]);
+        let found: Vec<&str> = bodies(PTX).map(|(name, _)| name).collect();
+        assert_eq!(found, ["scale_f32", "fill"]);
     }
 
     #[test]
@@ -183,10 +193,32 @@ mod tests {
         for module in MODULES {
             let target = format!(".target sm_{}", module.arch);
             assert!(module.ptx.contains(&target), "{}: {target}", module.name);
-            for entry in entries(module.ptx) {
+            for (entry, _) in bodies(module.ptx) {
                 assert!(seen.insert((entry, module.arch)), "{entry} is defined twice");
             }
         }
         assert_eq!(MODULES.is_empty(), NVCC_VERSION.is_none());
+    }
+
+    #[test]
+    fn kernels_wait_for_the_one_before_on_hopper_and_only_there() {
+        let waits = |arch: u32, kernel: &str| {
+            let modules = MODULES.iter().filter(|module| module.arch == arch);
+            let mut all = modules.flat_map(|module| bodies(module.ptx));
+            let found = all.find(|(name, _)| *name == kernel);
+            found.map(|(_, body)| {
+                (body.contains("griddepcontrol.wait"), body.contains("launch_dependents"))
+            })
+        };
+        for kernel in
+            ["pair_f16_c64_p64", "cascade_walk_f16", "conv1x1_f16_r64", "scores_argmax_f16"]
+        {
+            if MODULES.iter().any(|module| module.arch == 90) {
+                assert_eq!(waits(90, kernel), Some((true, true)), "{kernel}");
+            }
+            if MODULES.iter().any(|module| module.arch == 75) {
+                assert_eq!(waits(75, kernel), Some((false, false)), "{kernel}");
+            }
+        }
     }
 }

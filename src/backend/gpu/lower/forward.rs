@@ -1,9 +1,10 @@
 //! Forward steps, inference and training.
 
 use super::products::{self, dense_like};
-use super::{Lowering, Typed, act_code, args};
+use super::{Lowering, Typed, act_code, args, scores};
 use crate::backend::gpu::device::{Buffer, Place};
 use crate::backend::gpu::launch::{self, Arg, CascadeShape};
+use crate::backend::gpu::variants::CascadePlanes;
 use crate::graph::{ParamId, Step, Tensor};
 use crate::ops::batch_norm::{EPS, MOMENTUM};
 use crate::ops::{Act, BnParams, Cascade, Conv3x3, Norm, Op};
@@ -11,8 +12,10 @@ use crate::ops::{Act, BnParams, Cascade, Conv3x3, Norm, Op};
 pub(super) fn step(low: &mut Lowering, step: &Step) {
     let (input, output) = (|i: usize| &step.inputs[i], &step.output);
     match &step.op {
-        // The last three are refused (`super::check`): this backend asks for no such rewrite.
-        Op::Input { .. } | Op::Subsample | Op::WeightedPool | Op::MeuScores(_) => {}
+        Op::Input { .. } => {}
+        Op::Subsample => scores::subsample(low, input(0), output),
+        Op::WeightedPool => scores::weighted_pool(low, input(0), input(1), output),
+        Op::MeuScores(op) => scores::meu_scores(low, op, step),
         Op::Conv3x3(op) => conv3x3(low, op, input(0), output),
         Op::Conv1x1(op) => products::conv1x1(low, op, input(0), step.inputs.get(1), output),
         Op::BatchNorm(op) => {
@@ -161,14 +164,13 @@ fn conv3x3(low: &mut Lowering, op: &Conv3x3, x: &Tensor, y: &Tensor) {
     low.launch(launch::conv3x3_forward(name, y.shape, op.stride, args));
 }
 
-/// The stem over 8-bit RGB, where the network begins with one and nothing else reads its input.
+/// The stem over 8-bit RGB, where the network begins with one.
 pub(super) fn stem_rgb(low: &mut Lowering, [rgb, normalisation]: [Buffer; 2]) -> bool {
     let plan = low.plan;
     let Some(Step { op: Op::Conv3x3(op), output: y, .. }) = plan.steps.first() else {
         return false;
     };
-    let readers = plan.steps.iter().filter(|step| step.inputs.contains(&plan.input));
-    if op.in_channels != 3 || readers.count() != 1 || plan.steps[0].inputs != [plan.input] {
+    if op.in_channels != 3 {
         return false;
     }
     let name = low.name(Typed { f32: "conv3x3_rgb_f32", f16: "conv3x3_rgb_f16" });
@@ -274,44 +276,64 @@ fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: 
         input: (x.shape.h, x.shape.w),
         output: (y.shape.h, y.shape.w),
     };
-    let tiling = shape.tiling(low.cascade_limit());
+    let limit = low.cascade_limit();
+    let walk = match low.variants.cascade {
+        CascadePlanes::Stored => shape.walk_tiling(low.element, limit),
+        CascadePlanes::Wide => None,
+    };
+    let tiling = walk.or_else(|| shape.tiling(limit));
     let whole = tiling.is_some_and(|t| (t.tile_h, t.tile_w) == shape.output);
     // Blocks that share a plane would overwrite what a neighbour's halo still needs.
+    let mut target = low.at(y);
     let source = if x.offset == y.offset && !whole {
-        let len = (x.shape.len() * low.element.size()).div_ceil(4);
-        let copy = low.scratch(len);
-        let (from, dense) = (low.at(x), dense_like(x));
-        low.copy_places(from, x, copy, &dense, false);
-        (copy, dense)
+        let from = low.at(x);
+        match low.other_side(y).filter(|_| tiling.is_some()) {
+            Some(place) => {
+                target = place;
+                (from, *x)
+            }
+            None => {
+                let copy = low.scratch((x.shape.len() * low.element.size()).div_ceil(4));
+                let dense = dense_like(x);
+                low.copy_places(from, x, copy, &dense, false);
+                (copy, dense)
+            }
+        }
     } else {
         (low.at(x), *x)
     };
     match tiling {
         Some(tiling) => {
-            let name = low.name(Typed { f32: "cascade_forward_f32", f16: "cascade_forward_f16" });
             let four = |values: Vec<usize>| {
                 (0..4).map(move |i| Arg::from(values.get(i).copied().unwrap_or(0)))
             };
             let offset = |ids: &[ParamId]| ids.iter().map(|&id| low.plan.param(id).start).collect();
-            let mut args = args![source.0, low.at(y), low.memory.params];
-            args.extend(args![op.dilations.len(), op.addition, op.stride]);
+            let mut args = args![source.0, target, low.memory.params];
+            args.extend(args![op.dilations.len(), op.addition]);
+            if walk.is_none() {
+                args.push(Arg::from(op.stride));
+            }
             args.extend(four(op.dilations.clone()));
             args.extend(four(offset(&op.weights)));
             args.extend(four(offset(biases)));
+            args.extend(args![tiling.region, tiling.tile_h, tiling.tile_w, x.shape.h, x.shape.w]);
+            if walk.is_none() {
+                args.extend(args![y.shape.h, y.shape.w]);
+            }
             args.extend(args![
-                tiling.region,
-                tiling.tile_h,
-                tiling.tile_w,
-                x.shape.h,
-                x.shape.w,
-                y.shape.h,
-                y.shape.w,
                 source.1.batch_stride,
                 source.1.plane_stride,
                 y.batch_stride,
                 y.plane_stride,
             ]);
-            low.launch(launch::cascade_forward(name, tiling, y.shape, op.width(), args));
+            low.launch(if walk.is_some() {
+                let name = low.name(Typed { f32: "cascade_walk_f32", f16: "cascade_walk_f16" });
+                launch::cascade_walk(name, tiling, y.shape, op.width(), args)
+            } else {
+                let name =
+                    low.name(Typed { f32: "cascade_forward_f32", f16: "cascade_forward_f16" });
+                launch::cascade_forward(name, tiling, y.shape, op.width(), args)
+            });
         }
         None => {
             for (i, bias) in biases.iter().enumerate() {

@@ -1,8 +1,12 @@
 //! Lowering: every step of a plan becomes kernel launches and matrix products, once per plan.
 
 mod backward;
+mod decoder;
 mod forward;
 mod products;
+mod scores;
+mod stem;
+mod strided;
 
 use std::collections::HashMap;
 
@@ -10,7 +14,7 @@ use super::device::{Buffer, Element, Place};
 use super::launch::{self, Arg, Command, Gemm, Launch};
 use super::variants::Variants;
 use crate::error::{Error, Result};
-use crate::graph::{Mode, ParamId, Plan, Tensor};
+use crate::graph::{Mode, ParamId, Plan, Step, Tensor};
 use crate::ops::Act;
 
 /// Arguments of a launch, in the order of the kernel's parameters.
@@ -54,7 +58,7 @@ pub struct Program {
     pub stem_rgb: Option<Vec<Command>>,
     /// End of each step's commands in `forward`.
     pub step_ends: Vec<usize>,
-    /// Scores to labels ([`Mode::Labels`]).
+    /// Scores to labels ([`Mode::Labels`]); none where the last step of `forward` makes them.
     pub labels: Vec<Command>,
     /// Loss and gradients ([`Mode::Training`]).
     pub backward: Vec<Command>,
@@ -97,7 +101,7 @@ pub struct Target {
 /// # Errors
 /// [`Error::Usage`] for tensors whose strides exceed what the kernels index.
 pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
-    check(plan)?;
+    check_sizes(plan)?;
     let mut lowering = Lowering {
         plan,
         memory,
@@ -106,35 +110,46 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         variants: target.variants,
         commands: Vec::new(),
         scratch: 0,
+        scratch_held: 0,
         scratch_peak: 0,
         statistics: HashMap::new(),
         statistics_bytes: 0,
+        labelled: false,
+        twins: Vec::new(),
     };
     let mut program = Program::default();
-    let mut done = false;
+    let mut decoder = decoder::find(plan, target.variants.decoder);
+    // Steps that the launches of earlier ones have done as well: they have no command of their own.
+    let mut done = 0;
     for (i, step) in plan.steps.iter().enumerate() {
-        lowering.scratch = 0;
-        // What the launch of the step before did as well has no command of its own.
-        if !std::mem::take(&mut done) {
-            let next = plan.steps.get(i + 1);
-            done = next.is_some_and(|next| products::pair(&mut lowering, step, next));
-            if !done {
-                forward::step(&mut lowering, step);
+        lowering.scratch = lowering.scratch_held;
+        match &mut decoder {
+            Some(decoder) if decoder.contain(i) => decoder.step(&mut lowering, i),
+            _ if done > 0 => done -= 1,
+            _ => {
+                lowering.begin(step);
+                done = several(&mut lowering, &plan.steps[i..]);
+                if done == 0 {
+                    forward::step(&mut lowering, step);
+                } else {
+                    done -= 1;
+                }
             }
         }
         program.step_ends.push(lowering.commands.len());
     }
     program.forward = std::mem::take(&mut lowering.commands);
     if let Some(rgb) = memory.rgb
-        && forward::stem_rgb(&mut lowering, rgb)
+        && over_rgb(&mut lowering, &program, rgb)
     {
         program.stem_rgb = Some(std::mem::take(&mut lowering.commands));
     }
-    if plan.mode == Mode::Labels {
+    if plan.mode == Mode::Labels && !lowering.labelled {
         forward::labels(&mut lowering);
         program.labels = std::mem::take(&mut lowering.commands);
     }
     if plan.mode == Mode::Training {
+        lowering.scratch_held = 0;
         lowering.scratch = 0;
         backward::loss(&mut lowering);
         for step in plan.steps.iter().rev() {
@@ -151,13 +166,57 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
     Ok(program)
 }
 
-/// Kernels take sizes and strides as `int`, and there is none for operators of rewrites.
-fn check(plan: &Plan) -> Result<()> {
-    for step in &plan.steps {
-        if step.op.inference_only() {
-            let (name, kind) = (&step.name, step.op.kind());
-            return Err(Error::Usage(format!("node {name}: no kernel for {kind} on this device")));
+/// The first commands over 8-bit RGB, where there are such: of as many steps as in the forward pass.
+fn over_rgb(low: &mut Lowering, program: &Program, rgb: [Buffer; 2]) -> bool {
+    let plan = low.plan;
+    let readers = plan.steps.iter().filter(|step| step.inputs.contains(&plan.input)).count();
+    let Some(first) = plan.steps.first() else { return false };
+    if readers != 1 || first.inputs != [plan.input] {
+        return false;
+    }
+    match program.step(0) {
+        [Command::Launch(launch)] if stem::is_block(launch) => {
+            stem::block(low, &plan.steps, Some(rgb))
         }
+        _ => forward::stem_rgb(low, rgb),
+    }
+}
+
+/// The kernels that do several steps at once: how many they did, 0 where they do not apply.
+fn several(low: &mut Lowering, steps: &[Step]) -> usize {
+    if stem::block(low, steps, None) {
+        4
+    } else if strided::block(low, steps) {
+        6
+    } else if products::pair(low, steps) || products::subsampled(low, steps) {
+        2
+    } else {
+        0
+    }
+}
+
+/// Whether two tensors share memory.
+fn overlap(a: &Tensor, b: &Tensor) -> bool {
+    a.offset < b.offset + b.extent() && b.offset < a.offset + a.extent()
+}
+
+/// Whether a step reads what a tensor's memory holds now.
+fn read_later(tensor: &Tensor, steps: &[Step]) -> bool {
+    for step in steps {
+        if step.inputs.iter().any(|input| overlap(input, tensor)) {
+            return true;
+        }
+        // The plan gives memory away only when nobody needs it any more.
+        if overlap(&step.output, tensor) {
+            return false;
+        }
+    }
+    false
+}
+
+/// Kernels take sizes and strides as `int`.
+fn check_sizes(plan: &Plan) -> Result<()> {
+    for step in &plan.steps {
         let grads = step.grad_inputs.iter().flatten().map(|slot| &slot.tensor);
         let tensors = step.inputs.iter().chain([&step.output]).chain(&step.saved).chain(grads);
         for tensor in tensors {
@@ -187,10 +246,24 @@ struct Lowering<'a> {
     variants: Variants,
     commands: Vec<Command>,
     scratch: usize,
+    /// Scratch that later steps still read.
+    scratch_held: usize,
     scratch_peak: usize,
     /// Places of batch norms' statistics, by the offsets of their saved tensors.
     statistics: HashMap<usize, usize>,
     statistics_bytes: usize,
+    /// Whether the last step made labels of its scores.
+    labelled: bool,
+    /// Tensors with a second place in scratch.
+    twins: Vec<Twin>,
+}
+
+/// A tensor that is now here, now there: what cannot be done in place goes to the other side.
+struct Twin {
+    tensor: Tensor,
+    other: Place,
+    /// Whether its values are at the other place.
+    there: bool,
 }
 
 impl Lowering<'_> {
@@ -218,8 +291,38 @@ impl Lowering<'_> {
     }
 
     fn at(&self, tensor: &Tensor) -> Place {
+        if let Some(twin) = self.twins.iter().find(|twin| twin.there && twin.tensor == *tensor) {
+            return twin.other;
+        }
         let byte_offset = tensor.offset * self.element.size();
         Place { buffer: self.memory.arena, byte_offset }
+    }
+
+    /// Where a tensor is not at the moment, from now on its place; None for one whose place others
+    /// rely on.
+    fn other_side(&mut self, tensor: &Tensor) -> Option<Place> {
+        let dense = tensor.plane_stride == tensor.shape.plane()
+            && tensor.batch_stride == tensor.shape.c * tensor.plane_stride;
+        let named = self.plan.named.iter().map(|(_, tensor)| tensor);
+        if !dense || named.chain([&self.plan.logits]).any(|kept| kept == tensor) {
+            return None;
+        }
+        let known = self.twins.iter().position(|twin| twin.tensor == *tensor);
+        let index = known.unwrap_or_else(|| {
+            let other = self.scratch((tensor.shape.len() * self.element.size()).div_ceil(4));
+            self.hold_scratch();
+            self.twins.push(Twin { tensor: *tensor, other, there: false });
+            self.twins.len() - 1
+        });
+        self.twins[index].there = !self.twins[index].there;
+        Some(self.at(tensor))
+    }
+
+    /// Lets a step write its result where the plan has it, whatever was there before.
+    fn begin(&mut self, step: &Step) {
+        for twin in &mut self.twins {
+            twin.there &= twin.tensor != step.output || step.inputs.contains(&twin.tensor);
+        }
     }
 
     fn param(&self, id: ParamId) -> Place {
@@ -266,6 +369,11 @@ impl Lowering<'_> {
             start
         });
         Place { buffer: self.memory.statistics, byte_offset }
+    }
+
+    /// Keeps what scratch there is for the steps that follow.
+    fn hold_scratch(&mut self) {
+        self.scratch_held = self.scratch;
     }
 
     /// out[i] = sum over parts of partial[part][i].

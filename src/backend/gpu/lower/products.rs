@@ -1,6 +1,6 @@
 //! 1x1 convolutions: by cuBLAS, by one kernel each, or two of them in one launch.
 
-use super::{Lowering, Typed, act_code, args};
+use super::{Lowering, Typed, act_code, args, overlap, read_later};
 use crate::backend::gpu::device::Element;
 use crate::backend::gpu::launch::{self, Arg, Gemm, Matrix};
 use crate::backend::gpu::variants::{Pairs, Products};
@@ -19,13 +19,35 @@ pub(super) fn conv1x1(
     if low.plan.mode == Mode::Training || low.variants.products == Products::Blas {
         by_blas(low, op, x, residual, y);
     } else {
-        by_kernel(low, op, x, residual, y);
+        by_kernel(low, op, 1, x, residual, y);
     }
 }
 
-fn by_kernel(low: &mut Lowering, op: &Conv1x1, x: &Tensor, residual: Option<&Tensor>, y: &Tensor) {
+/// A subsampling and the convolution that reads it, which then reads every second row and column of
+/// its operand itself.
+pub(super) fn subsampled(low: &mut Lowering, steps: &[Step]) -> bool {
+    let [first, second, later @ ..] = steps else { return false };
+    let (Op::Subsample, Op::Conv1x1(op)) = (&first.op, &second.op) else { return false };
+    let (x, coarse, y) = (&first.inputs[0], &first.output, &second.output);
+    let ours = low.variants.products == Products::Fused && second.inputs == [*coarse];
+    if !ours || overlap(x, y) || read_later(coarse, later) {
+        return false;
+    }
+    by_kernel(low, op, 2, x, None, y);
+    true
+}
+
+/// One kernel for all of it; x is read at every stride-th row and column.
+fn by_kernel(
+    low: &mut Lowering,
+    op: &Conv1x1,
+    stride: usize,
+    x: &Tensor,
+    residual: Option<&Tensor>,
+    y: &Tensor,
+) {
     let vector = y.shape.plane() == 1;
-    let thin = op.in_channels <= 16 && op.out_channels <= 4;
+    let thin = op.out_channels <= 4;
     let weights = match low.element {
         Element::F16 if !vector && !thin => low.param_stored(op.weight),
         _ => low.param(op.weight),
@@ -39,7 +61,7 @@ fn by_kernel(low: &mut Lowering, op: &Conv1x1, x: &Tensor, residual: Option<&Ten
         act_code(op.act),
         op.in_channels,
         op.out_channels,
-        1usize,
+        stride,
         x.shape.w,
         y.shape.w,
         y.shape.plane(),
@@ -67,7 +89,8 @@ fn by_kernel(low: &mut Lowering, op: &Conv1x1, x: &Tensor, residual: Option<&Ten
 
 /// A projection and the expansion of its result in one launch, where the kernel has their shapes and
 /// the plan leaves it the room; false where it does not.
-pub(super) fn pair(low: &mut Lowering, first: &Step, second: &Step) -> bool {
+pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
+    let [first, second, ..] = steps else { return false };
     let (Op::Conv1x1(project), Op::Conv1x1(expand)) = (&first.op, &second.op) else { return false };
     let (x, residual, y, z) =
         (&first.inputs[0], first.inputs.get(1), &first.output, &second.output);
@@ -114,11 +137,6 @@ pub(super) fn pair(low: &mut Lowering, first: &Step, second: &Step) -> bool {
     ]);
     low.launch(launch::pair(tiling, y.shape, args));
     true
-}
-
-/// Whether two tensors share memory.
-fn overlap(a: &Tensor, b: &Tensor) -> bool {
-    a.offset < b.offset + b.extent() && b.offset < a.offset + a.extent()
 }
 
 /// Y = W X image by image, then bias, residual and non-linearity. A half-precision product that

@@ -1,0 +1,236 @@
+//! Whole networks by the choice of kernels, and the operators of the inference rewrites.
+
+use std::path::Path;
+
+use fpenet::ModelConfig;
+use fpenet::backend::cpu::CpuBackend;
+use fpenet::backend::gpu::emulated::Order;
+use fpenet::backend::gpu::variants::{CascadePlanes, Decoder, Pairs, Products, Stem, Strided};
+use fpenet::backend::gpu::{Element, Variants};
+use fpenet::backend::{Backend, Precision, State};
+use fpenet::exec::Inference;
+use fpenet::graph::passes::{self, Rewrites};
+use fpenet::graph::{Graph, Mode, ParamRole, ParamStore, Plan, PlaneLayout, Shape, Step, Tensor};
+use fpenet::model::Model;
+use fpenet::ops::{Act, Cascade, MeuScores, Norm, Op};
+
+use super::harness::{Case, Params, Random, SHARED, check, check_half, distance, with_variants};
+use super::products::{conv, kernels};
+use super::{RESIZES, WEIGHT};
+
+#[test]
+fn subsampling_agrees_with_the_cpu() {
+    for (n, h, w) in [(2, 1, 1), (1, 5, 8), (2, 9, 33), (1, 35, 62)] {
+        let case = Case::inference(Op::Subsample, &[Shape::new(n, 3, h, w)], Params::default());
+        check(&case, SHARED);
+        check_half(&case, SHARED);
+    }
+}
+
+#[test]
+fn weighted_means_agree_with_the_cpu() {
+    for [h, w, out_h, out_w] in RESIZES {
+        for n in [1, 3] {
+            let inputs = [Shape::new(n, 5, h, w), Shape::new(n, 1, out_h, out_w)];
+            let case = Case::inference(Op::WeightedPool, &inputs, Params::default());
+            check(&case, SHARED);
+            check_half(&case, SHARED);
+        }
+    }
+}
+
+#[test]
+fn scores_of_a_module_agree_with_the_cpu() {
+    for [h, w, out_h, out_w] in RESIZES {
+        // One group of classes with room, and more than two.
+        for (n, classes) in [(2, 7), (1, 43)] {
+            let (in_channels, width) = (9, 6);
+            let mut params = Params::default();
+            let op = MeuScores {
+                in_channels,
+                width,
+                classes,
+                mix: params.add(&[classes, width], WEIGHT),
+                low: params.add(&[width, in_channels], WEIGHT),
+                low_bias: params.add(&[width], ParamRole::Bias),
+                bias: params.add(&[classes], ParamRole::Bias),
+            };
+            let inputs = [
+                Shape::new(n, classes, h, w),
+                Shape::new(n, in_channels, out_h, out_w),
+                Shape::new(n, width, 1, 1),
+                Shape::new(n, 1, out_h, out_w),
+            ];
+            let case = Case::inference(Op::MeuScores(op), &inputs, params);
+            check(&case, SHARED);
+            check_half(&case, SHARED);
+        }
+    }
+}
+
+fn model(folder: &str) -> Model {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    Model::load(&data.join(folder).join("model.safetensors")).unwrap()
+}
+
+/// Logits and labels of one network on a random image.
+fn outputs(
+    model: &Model,
+    backend: impl Fn() -> Box<dyn Backend>,
+    (n, h, w): (usize, usize, usize),
+) -> (Vec<f32>, Vec<u8>) {
+    let image = Random(21).values(n * 3 * h * w);
+    let infer = |mode| {
+        let mut inference = Inference::new(model, backend(), n, h, w, mode).unwrap();
+        inference.run(&image).unwrap();
+        inference
+    };
+    let logits = infer(Mode::Logits).logits().unwrap();
+    let mut labels = vec![0; n * h * w];
+    infer(Mode::Labels).labels(&mut labels).unwrap();
+    (logits, labels)
+}
+
+/// Pixels at which the labels are not the largest logit's, ties and near ties aside.
+fn wrong_labels(logits: &[f32], labels: &[u8], pixels: usize, margin: f32) -> usize {
+    let classes = logits.len() / labels.len();
+    let at = |i: usize, c: usize| logits[(i / pixels * classes + c) * pixels + i % pixels];
+    let wrong = |&i: &usize| {
+        let best = (0..classes).map(|c| at(i, c)).fold(f32::MIN, f32::max);
+        at(i, usize::from(labels[i])) < best - margin
+    };
+    (0..labels.len()).filter(wrong).count()
+}
+
+#[test]
+fn networks_agree_with_the_cpu_whatever_the_kernels() {
+    let alone = [
+        Variants { products: Products::Fused, ..Variants::PLAIN },
+        Variants { pairs: Pairs::Fused, ..Variants::PLAIN },
+        Variants { cascade: CascadePlanes::Stored, ..Variants::PLAIN },
+        Variants { stem: Stem::Fused, ..Variants::PLAIN },
+        Variants { rewrites: true, ..Variants::PLAIN },
+        Variants { rewrites: true, decoder: Decoder::Grouped, ..Variants::PLAIN },
+        Variants { rewrites: true, strided: Strided::Fused, ..Variants::PLAIN },
+    ];
+    // Odd sides, sides whose halves are odd, images.
+    for (folder, size) in [("full_default", (1, 32, 48)), ("meu_odd_size", (2, 27, 37))] {
+        let model = model(folder);
+        let cpu = || -> Box<dyn Backend> { Box::new(CpuBackend::new(Some(1)).unwrap()) };
+        let (reference, _) = outputs(&model, cpu, size);
+        let largest = reference.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let all = alone.into_iter().chain([Variants::PLAIN, Variants::default()]);
+        for (variants, half) in all.flat_map(|v| [(v, false), (v, true)]) {
+            let (precision, tolerance) =
+                if half { (Precision::F16, 1e-2) } else { (Precision::F32, 1e-5) };
+            let gpu = || -> Box<dyn Backend> {
+                Box::new(with_variants(Order::Forward, SHARED, precision, variants))
+            };
+            let (logits, labels) = outputs(&model, gpu, size);
+            let error = distance(&logits, &reference);
+            assert!(error <= tolerance, "{folder}, {precision:?}, {variants}: {error:e}");
+            let margin = tolerance as f32 * largest;
+            let wrong = wrong_labels(&reference, &labels, size.1 * size.2, margin);
+            assert_eq!(wrong, 0, "{folder}, {precision:?}, {variants}: labels");
+        }
+    }
+}
+
+/// The kernels that the default network takes at a size.
+fn network_kernels(element: Element, variants: Variants) -> Vec<&'static str> {
+    let rewrites = if variants.rewrites { Rewrites::ALL } else { Rewrites::NONE };
+    let graph = Graph::fpenet(&ModelConfig::default()).unwrap();
+    let params = ParamStore::init(&graph.params, 1);
+    let (graph, _) = passes::for_inference_with(&graph, &params, rewrites);
+    let plan = Plan::new(&graph, (1, 512, 1024), Mode::Labels, PlaneLayout::Dense).unwrap();
+    kernels(&plan, element, SHARED, variants)
+}
+
+#[test]
+fn the_default_network_takes_few_launches() {
+    for (element, launches) in [(Element::F16, 32), (Element::F32, 38)] {
+        let used = network_kernels(element, Variants::default());
+        let count = |prefix: &str| used.iter().filter(|name| name.starts_with(prefix)).count();
+        assert_eq!(count("gemm"), 0, "{used:?}");
+        assert_eq!(count("pair_"), 10, "{used:?}");
+        assert_eq!(count("copy_"), 0, "{used:?}");
+        assert_eq!(used.len(), launches, "{used:?}");
+        let plain = network_kernels(element, Variants::PLAIN);
+        assert!(plain.len() > 80, "{}: {plain:?}", plain.len());
+    }
+}
+
+/// Cascades over their own input that do not fit into shared memory as a whole, and what reads them.
+#[test]
+fn tiled_cascades_in_place_change_sides() {
+    let shape = Shape::new(2, 8, 80, 130);
+    let mut params = Params::default();
+    let mut next = 0;
+    let mut place = |shape: Shape| {
+        let plane_stride = shape.plane();
+        let batch_stride = shape.c * plane_stride;
+        let tensor = Tensor { offset: next, shape, batch_stride, plane_stride };
+        next = (next + shape.len()).next_multiple_of(16);
+        tensor
+    };
+    let (x, y) = (place(shape), place(shape.with_channels(5)));
+    let step = |op: Op, output: Tensor| Step {
+        name: "test".into(),
+        op,
+        joined: false,
+        grad_inputs: vec![None],
+        inputs: vec![x],
+        output,
+        saved: Vec::new(),
+        grad_output: None,
+    };
+    let mut steps = Vec::new();
+    for _ in 0..3 {
+        let weights = (0..4).map(|_| params.add(&[2, 1, 3, 3], WEIGHT)).collect();
+        let biases = (0..4).map(|_| params.add(&[2], ParamRole::Bias)).collect();
+        let dilations = vec![1, 2, 4, 8];
+        let norm = Norm::Folded(biases);
+        let op = Cascade { channels: 8, stride: 1, dilations, addition: true, weights, norm };
+        steps.push(step(Op::Cascade(op), x));
+    }
+    steps.push(step(Op::Conv1x1(conv(&mut params, 8, 5, Act::None)), y));
+    let params = params.specs();
+    let end = params.last().map_or(0, |p| p.offset + p.len()).next_multiple_of(16);
+    let plan = Plan {
+        mode: Mode::Logits,
+        steps,
+        input: x,
+        logits: y,
+        grad_logits: None,
+        named: Vec::new(),
+        params,
+        param_len: end,
+        trainable_len: end,
+        arena_len: next,
+    };
+    let run = |backend: &mut dyn Backend| {
+        let mut random = Random(4);
+        backend.prepare(&plan).unwrap();
+        backend.write(&x, &random.values(shape.len())).unwrap();
+        backend.write_state(State::Params, &random.values(end)).unwrap();
+        backend.forward(&plan).unwrap();
+        let mut out = vec![0.0; y.shape.len()];
+        backend.read(&y, &mut out).unwrap();
+        out
+    };
+    let reference = run(&mut CpuBackend::new(Some(1)).unwrap());
+    for cascade in [CascadePlanes::Wide, CascadePlanes::Stored] {
+        let variants = Variants { cascade, ..Variants::default() };
+        for (precision, element, limit, tolerance) in [
+            (Precision::F32, Element::F32, 32 << 10, 1e-5),
+            (Precision::F16, Element::F16, 32 << 10, 1e-2),
+        ] {
+            let used = kernels(&plan, element, limit, variants);
+            assert!(used.len() == 4, "{used:?}");
+            let order = Order::Shuffled(2);
+            let found = run(&mut with_variants(order, limit, precision, variants));
+            let error = distance(&found, &reference);
+            assert!(error <= tolerance, "{precision:?}, {variants}: {error:e}");
+        }
+    }
+}
