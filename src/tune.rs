@@ -66,6 +66,7 @@ pub fn measure(
     // Nothing here depends on the values; zeros would let a GPU run cooler than a photo does.
     let input: Vec<f32> =
         (0..plan.input.shape.len()).map(|i| (i % 251) as f32 / 125.0 - 1.0).collect();
+    let mut labels = vec![0; batch * height * width];
     let mut time = |choice: Choice| -> Result<Option<f64>> {
         device.choose(choice);
         let mut run = || {
@@ -77,7 +78,9 @@ pub fn measure(
             for pass in 0..iterations + 2 {
                 let begun = device.mark()?;
                 device.forward(&plan)?;
-                let done = device.mark()?;
+                // Some choices make the labels in the forward pass, others afterwards.
+                device.read_labels(&plan, &mut labels)?;
+                let done = device.labels_computed().map_or_else(|| device.mark(), Ok)?;
                 device.synchronize()?;
                 if pass >= 2 {
                     samples.push(device.between(begun, done)?);

@@ -155,6 +155,14 @@ impl<D: GpuDevice> GpuBackend<D> {
         all.into_iter().try_for_each(|buffer| self.device.free(buffer))
     }
 
+    /// Scores to labels, where the forward pass has not made them.
+    fn run_labels(&mut self) -> Result<()> {
+        match self.parts()?.1.program.labels.is_empty() {
+            true => Ok(()),
+            false => self.run(LABELS, |program| &program.labels),
+        }
+    }
+
     fn run(&mut self, sequence: u32, commands: fn(&Program) -> &[Command]) -> Result<()> {
         let (device, prepared) = self.parts()?;
         device.submit(sequence, commands(&prepared.program))
@@ -365,11 +373,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             None => self.write_images(plan, images)?,
         }
         self.forward(plan)?;
-        if plan.mode == Mode::Labels {
-            if !self.parts()?.1.program.labels.is_empty() {
-                self.run(LABELS, |program| &program.labels)?;
-            }
-        }
+        self.run_labels()?;
         let (device, prepared) = self.parts()?;
         let (from, bytes) = prepared.result(plan);
         device.fetch(lane, from, bytes)
@@ -494,9 +498,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
                 found: format!("{}", out.len()),
             });
         }
-        if !self.parts()?.1.program.labels.is_empty() {
-            self.run(LABELS, |program| &program.labels)?;
-        }
+        self.run_labels()?;
         self.labels_computed = Some(self.device.mark()?);
         let (device, prepared) = self.parts()?;
         device.download(prepared.memory.labels.into(), out)
