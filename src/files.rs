@@ -28,9 +28,10 @@ pub fn write_atomic(
         }
     };
     let temporary = temporary(&real, &folder).map_err(failed)?;
-    let mut buffered = BufWriter::new(temporary);
+    // The file itself: through tempfile's writer errors would name the temporary file.
+    let mut buffered = BufWriter::new(temporary.as_file());
     write(&mut buffered).map_err(failed)?;
-    let temporary = buffered.into_inner().map_err(|e| failed(e.into_error()))?;
+    buffered.into_inner().map_err(|e| failed(e.into_error()))?;
     temporary.as_file().sync_all().map_err(failed)?;
     temporary.persist(&real).map_err(|e| failed(e.error))?;
     sync_folder(&folder).map_err(failed)
@@ -77,6 +78,29 @@ pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Removes the temporary files that writers of `path` left behind when they were killed. For the
+/// one process that may write `path`: a file that another is still writing would go as well.
+pub fn remove_leftovers(path: &Path) {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else { return };
+    let prefix = partial_prefix(name);
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let found = entry.file_name();
+        let found = found.to_string_lossy();
+        if found.starts_with(&prefix) && found.ends_with(PARTIAL) {
+            let _ = fs::remove_file(entry.path()); // litter at worst
+        }
+    }
+}
+
+/// Ending of temporary files.
+const PARTIAL: &str = ".partial";
+
+/// Beginning of the temporary files for a file of this name.
+fn partial_prefix(name: &std::ffi::OsStr) -> String {
+    format!(".{}.", name.to_string_lossy().chars().take(64).collect::<String>())
+}
+
 enum Target {
     /// A regular file, existing or not, and the folder it is in.
     File { real: PathBuf, folder: PathBuf },
@@ -107,10 +131,9 @@ fn resolve(path: &Path) -> Result<Target> {
 
 /// A temporary file that deletes itself, named after the file it will become.
 fn temporary(path: &Path, folder: &Path) -> io::Result<NamedTempFile> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let prefix = format!(".{}.", name.chars().take(64).collect::<String>());
+    let prefix = partial_prefix(path.file_name().unwrap_or_default());
     let mut builder = tempfile::Builder::new();
-    builder.prefix(&prefix).suffix(".partial");
+    builder.prefix(&prefix).suffix(PARTIAL);
     // tempfile's own mode is 0600; results are meant to be read by others, as umask allows.
     #[cfg(unix)]
     let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
@@ -195,6 +218,21 @@ mod tests {
         assert!(create_folder(&file.join("below")).is_err());
         check_writable(&folder.path().join("new")).unwrap();
         assert_eq!(names(folder.path()), ["file"]);
+    }
+
+    #[test]
+    fn leftovers_of_one_file_go_and_nothing_else_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = ["out.txt", ".out.txt.notes", ".other.txt.Ab1.partial", "out.txt.partial"];
+        for name in kept.iter().chain(&[".out.txt.Ab1.partial", ".out.txt.Zz9.partial"]) {
+            fs::write(folder.path().join(name), name).unwrap();
+        }
+        remove_leftovers(&folder.path().join("out.txt"));
+        let mut left = names(folder.path());
+        left.sort();
+        let mut expected = kept.to_vec();
+        expected.sort_unstable();
+        assert_eq!(left, expected);
     }
 
     #[test]

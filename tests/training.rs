@@ -312,6 +312,62 @@ fn a_killed_run_continues_bit_for_bit() {
     assert_eq!(log_epochs(&killed), (1..=LONG).collect::<Vec<_>>());
 }
 
+/// Twenty sessions in a row end by SIGKILL: half of them some time after they began, half of them
+/// within a millisecond or so of a checkpoint being written.
+#[test]
+fn a_run_killed_twenty_times_at_random_moments_never_breaks_and_ends_as_if_it_had_not_been() {
+    const KILLS: usize = 20;
+    let folder = tempfile::tempdir().unwrap();
+    let (killed, whole) = (folder.path().join("killed"), folder.path().join("whole"));
+    let options = ["--epochs", "60", "--val-every", "20", "--checkpoint-every", "1"];
+    let mut rng = ChaCha8Rng::seed_from_u64(11);
+    let checkpoint = killed.join("checkpoint.safetensors");
+    // Every checkpoint is a new file under the old name.
+    let written = || fs::metadata(&checkpoint).and_then(|m| m.modified()).ok();
+    let mut reached = 0;
+    for kill in 0..KILLS {
+        let mut command = command(&killed);
+        command.args(options).args(checkpoint.exists().then_some("--resume"));
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        if kill % 2 == 0 {
+            std::thread::sleep(Duration::from_millis(rng.random_range(0..120)));
+        } else {
+            let (begun, mut last) = (Instant::now(), written());
+            for _ in 0..rng.random_range(1..4) {
+                while written() == last {
+                    assert!(begun.elapsed() < Duration::from_secs(60), "no progress");
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+                last = written();
+            }
+            std::thread::sleep(Duration::from_micros(rng.random_range(0..12_000)));
+        }
+        child.kill().unwrap(); // SIGKILL
+        assert!(!child.wait().unwrap().success(), "kill {kill} came after the end");
+
+        if checkpoint.exists() {
+            let step = Checkpoint::load(&checkpoint).unwrap().state.step;
+            assert!(step >= reached, "kill {kill}: back from update {reached} to {step}");
+            reached = step;
+        }
+        for model in ["last.safetensors", "best.safetensors"].map(|name| killed.join(name)) {
+            assert!(!model.exists() || Model::load(&model).is_ok(), "{}", model.display());
+        }
+    }
+    assert!(reached >= KILLS as u64 / 2, "{reached} updates: the kills hit nothing");
+    let output = command(&killed).args(options).arg("--resume").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(command(&whole).args(options).output().unwrap().status.success());
+    assert_same_run(&killed, &whole);
+    assert_eq!(log_epochs(&killed), (1..=60).collect::<Vec<_>>());
+    // What the killed sessions were writing is gone too.
+    let names = |folder: &Path| {
+        let entries = fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name());
+        entries.collect::<std::collections::BTreeSet<_>>()
+    };
+    assert_eq!(names(&killed), names(&whole));
+}
+
 #[test]
 fn damaged_checkpoints_are_named_and_left_alone() {
     let good = fs::read(reference().join("checkpoint.safetensors")).unwrap();

@@ -131,7 +131,12 @@ pub struct Work {
 }
 
 /// A device that runs plans. One backend serves one plan at a time: [`Backend::prepare`] makes
-/// room for it, everything after works in that room.
+/// room for it, everything after works in that room. Host arrays are f32 and dense.
+///
+/// # Errors
+/// Of every method: [`Error::Device`](crate::Error::Device) for what the device refuses, memory
+/// above all, [`Error::Kernel`](crate::Error::Kernel) for a launch or a library call that failed,
+/// [`Error::Usage`](crate::Error::Usage) for a plan that this device has no operators for.
 pub trait Backend: Send {
     /// Device kind as on the command line: `cpu`, `cuda`, `emulated`.
     fn kind(&self) -> &'static str;

@@ -128,7 +128,7 @@ fn parse<T: Deserialize + Copy>(
     };
     if !accepted {
         let expected = format!("an array of {kind} (in NumPy: x.astype(\"{numpy}\"))");
-        return Err(wrong(&expected, format!("dtype {}", dtype.descr())));
+        return Err(wrong(&expected, format!("dtype {}", one_line(&dtype.descr()))));
     }
     let shape: Vec<usize> = file.shape().iter().map(|&d| d as usize).collect();
     let elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
@@ -141,7 +141,7 @@ fn parse<T: Deserialize + Copy>(
         return Err(wrong(&expected, format!("{} bytes", data.len())));
     }
     let order = file.order();
-    let values = file.into_vec().map_err(|e| wrong(NPY, e.to_string()))?;
+    let values = file.into_vec().map_err(|e| wrong(NPY, one_line(&e)))?;
     let values = match order {
         Order::C => values,
         Order::Fortran => c_order(&shape, &values),
@@ -154,7 +154,13 @@ fn open<'a>(bytes: &'a [u8], path: &Path) -> Result<(NpyFile<&'a [u8]>, &'a [u8]
     let wrong = |found: String| Error::format(path, NPY, found);
     let (header, data) = split(bytes).map_err(|found| wrong(found.into()))?;
     guard(header).map_err(|found| wrong(found.into()))?;
-    Ok((NpyFile::new(bytes).map_err(|e| wrong(e.to_string()))?, data))
+    Ok((NpyFile::new(bytes).map_err(|e| wrong(one_line(&e)))?, data))
+}
+
+/// The crate's words quote the header, with its line ends and at any length.
+fn one_line(text: &dyn std::fmt::Display) -> String {
+    let words = text.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    words.chars().filter(|c| !c.is_control()).take(200).collect()
 }
 
 /// The header's text and the data behind it, or what is wrong with the bytes.

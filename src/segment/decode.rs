@@ -9,6 +9,7 @@ use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbIma
 use crate::error::{Error, Result};
 use crate::files::read_limited;
 use crate::graph::MAX_SIDE;
+use crate::memory;
 
 /// File name extensions that a folder is searched for.
 pub const EXTENSIONS: [&str; 10] =
@@ -16,6 +17,9 @@ pub const EXTENSIONS: [&str; 10] =
 
 /// Far above any photo; keeps a device or a disk image from being read into memory.
 const MAX_FILE_BYTES: u64 = 1 << 30;
+
+/// Decoded size up to which nobody asks whether there is memory for it.
+const UNCHECKED_BYTES: u64 = 256 << 20;
 
 const EXPECTED: &str = "a complete image (PNG, JPEG, BMP, WebP, TIFF or PNM)";
 
@@ -60,6 +64,16 @@ pub fn decode_bytes(bytes: &[u8], origin: &Path) -> Result<RgbImage> {
     let (width, height) = decoder.dimensions();
     if width == 0 || height == 0 {
         return Err(wrong(format!("an image of {width}x{height} pixels")));
+    }
+    // A file of a few bytes may claim the largest sides; decoders allocate what it claims.
+    let needed = decoder.total_bytes();
+    if needed > UNCHECKED_BYTES && memory::available_bytes().is_some_and(|free| needed > free) {
+        let gib = needed as f64 / f64::from(1 << 30);
+        return Err(Error::format(
+            origin,
+            "an image that fits into the free memory",
+            format!("{width}x{height} pixels, {gib:.1} GiB"),
+        ));
     }
     let mut image = DynamicImage::from_decoder(decoder).map_err(one_line)?;
     image.apply_orientation(orientation);

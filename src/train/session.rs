@@ -51,6 +51,7 @@ pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) 
     };
     create_folder(&request.out)?;
     let _lock = paths.lock()?;
+    paths.tidy();
 
     let Checkpoint { state, params, moment1, moment2 } = start;
     let protocol = &state.protocol;

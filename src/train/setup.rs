@@ -9,6 +9,7 @@ use super::statistics;
 use crate::backend::LossScaling;
 use crate::data::{Dataset, DatasetKind};
 use crate::error::{Error, Result};
+use crate::files::remove_leftovers;
 use crate::model::Model;
 
 /// Files of a run.
@@ -33,6 +34,11 @@ impl Paths {
         }
     }
 
+    /// The checkpoint to resume from; none where a new run is asked for.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a run where none is expected, or none where one is; an unreadable or
+    /// damaged checkpoint.
     pub fn existing_checkpoint(&self, request: &Request) -> Result<Option<Checkpoint>> {
         let exists = self.checkpoint.exists();
         match (request.resume, exists) {
@@ -50,8 +56,21 @@ impl Paths {
         }
     }
 
+    /// Removes what a killed session of this run left half written. Only under the [`lock`].
+    ///
+    /// [`lock`]: Paths::lock
+    pub fn tidy(&self) {
+        for path in [&self.checkpoint, &self.best, &self.last, &self.log, &self.plot] {
+            remove_leftovers(path);
+        }
+    }
+
     /// Keeps a second process out of the folder. The system releases the lock however this
     /// process ends.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the lock file cannot be made, [`Error::Failed`] where another process
+    /// holds it.
     pub fn lock(&self) -> Result<File> {
         let path = self.folder.join(".lock");
         let file = File::create(&path).map_err(|e| Error::io("cannot write", &path, e))?;

@@ -13,6 +13,9 @@ use hyper::{StatusCode, Uri};
 pub type Refusal = (StatusCode, String);
 
 /// Checks that a request is meant for the server at `own` and does not come from elsewhere.
+///
+/// # Errors
+/// 400 for no host or several, 403 for another host or origin.
 pub fn check(uri: &Uri, headers: &HeaderMap, own: SocketAddr) -> Result<(), Refusal> {
     let wrong = |what: &str, found: &str| {
         let expected = names(own).join(" or ");

@@ -63,6 +63,9 @@ pub struct Queue(Sender<(Job, Answer)>);
 
 impl Worker {
     /// Starts the thread and waits until its device is open.
+    ///
+    /// # Errors
+    /// What opening the device reports, or [`Error::Failed`] where the system gives no thread.
     pub fn start(model: Arc<Model>, settings: Settings) -> Result<Worker> {
         // Unbounded, since every job holds one of a bounded number of slots.
         let (jobs, queue) = unbounded::<(Job, Answer)>();
@@ -106,6 +109,10 @@ impl Worker {
 
 impl Queue {
     /// Hands a photo to the worker and waits for what it makes of it.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for a file that is no complete image, whatever the device reports, and
+    /// [`Error::Failed`] where the worker has ended.
     pub async fn run(&self, job: Job) -> Result<Done> {
         let (answer, done) = oneshot::channel();
         self.0.send((job, answer)).map_err(|_| stopped())?;
