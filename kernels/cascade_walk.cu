@@ -226,7 +226,7 @@ __device__ __forceinline__ void cascade_walk(const T* x, T* y, const float* __re
 }  // namespace
 
 // w0 .. w3, b0 .. b3: offsets of the branches' weights and biases in params.
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     cascade_walk_f32(const float* x, float* y, const float* params, int branches, int addition,
                      int d0, int d1, int d2, int d3, int w0, int w1, int w2, int w3, int b0, int b1,
                      int b2, int b3, int region, int tile_h, int tile_w, int h, int w, int x_batch,
@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(512)
                  y_plane);
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 1)
     cascade_walk_f16(const __half* x, __half* y, const float* params, int branches, int addition,
                      int d0, int d1, int d2, int d3, int w0, int w1, int w2, int w3, int b0, int b1,
                      int b2, int b3, int region, int tile_h, int tile_w, int h, int w, int x_batch,
