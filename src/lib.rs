@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod model;
 pub mod ops;
 pub mod reference;
+pub mod reproduce;
 pub mod segment;
 pub mod selftest;
 pub mod stream;

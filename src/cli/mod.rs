@@ -9,6 +9,7 @@ mod export;
 mod import;
 mod init;
 mod progress;
+mod reproduce;
 mod run;
 mod segment;
 mod selftest;
@@ -42,6 +43,8 @@ enum Command {
     Eval(eval::Args),
     /// Train a model
     Train(Box<train::Args>),
+    /// Make a table of the paper: train, count or time what it compares
+    Reproduce(Box<reproduce::Args>),
     /// Compare a device with a reference folder written by PyTorch
     Check(check::Args),
     /// Run a model on a normalised NumPy array and write the logits
@@ -78,6 +81,7 @@ pub fn main() -> ExitCode {
         Command::Stream(args) => stream::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Train(args) => train::run(*args),
+        Command::Reproduce(args) => reproduce::run(*args),
         Command::Check(args) => check::run(args),
         Command::Run(args) => run::run(args),
         Command::Init(args) => init::run(args),
