@@ -161,6 +161,27 @@ fn the_command_prints_a_table_and_writes_the_figures() {
 }
 
 #[test]
+fn a_report_shows_the_worst_frames_and_lists_every_frame() {
+    let (root, data) = camvid(&[(48, 32), (40, 36), (48, 32)], stripes);
+    let (file, folder) = (root.path().join("m.safetensors"), root.path().join("report"));
+    model(11).save(&file).unwrap();
+    let report = folder.to_str().unwrap();
+    let (code, out, err) = eval(root.path(), &file, &["--worst", "2", "--report", report]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    for name in ["worst.png", "confusion.png", "frames.csv"] {
+        assert!(out.contains(name) && folder.join(name).is_file(), "{name}: {out}");
+    }
+    let csv = std::fs::read_to_string(folder.join("frames.csv")).unwrap();
+    assert_eq!(csv.lines().count(), 1 + data.len());
+    let scores: Vec<f64> =
+        csv.lines().skip(1).map(|line| line.split(',').nth(1).unwrap().parse().unwrap()).collect();
+    assert!(scores.is_sorted(), "the worst first: {scores:?}");
+    // Two frames side by side: six pictures and their gaps.
+    let sheet = image::open(folder.join("worst.png")).unwrap();
+    assert!(sheet.width() > 6 * 320, "{}", sheet.width());
+}
+
+#[test]
 fn a_class_that_occurs_nowhere_is_null_in_the_figures() {
     let (root, _data) = camvid(&[(48, 32)], |_, _| 3);
     let (file, json) = (root.path().join("m.safetensors"), root.path().join("figures.json"));

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use fpenet::data::{Dataset, DatasetKind};
-use fpenet::evaluate::{Evaluation, evaluate};
+use fpenet::evaluate::{Evaluation, evaluate_frames};
 use fpenet::model::Model;
+use fpenet::report::{self, Scores};
 use fpenet::{bundled, files};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
-use super::args::{DeviceArgs, Size};
+use super::args::{DeviceArgs, Size, positive};
 use crate::say;
 
 /// Options of `fpenet eval`.
@@ -41,6 +42,13 @@ pub struct Args {
     /// Write the figures to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Draw the N frames of lowest mIoU beside their ground truth, and a confusion matrix
+    /// [default with --report: 20]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub worst: Option<usize>,
+    /// Folder for worst.png, confusion.png and frames.csv [default with --worst: out]
+    #[arg(long, value_name = "DIR")]
+    pub report: Option<PathBuf>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -50,6 +58,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(path) = &args.json {
         files::check_writable(path)?;
     }
+    let report = match (&args.report, args.worst) {
+        (None, None) => None,
+        (folder, _) => Some(folder.clone().unwrap_or_else(|| "out".into())),
+    };
     let model = match &args.model {
         Some(path) => Model::load(path)?,
         None => bundled::model()?,
@@ -60,14 +72,19 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let dataset = Dataset::open(kind, &args.data, &args.split)?;
     let size = args.size.map(|size| (size.width, size.height));
+    if let Some(folder) = &report {
+        files::create_folder(folder)?;
+    }
+    let mut scores = report.as_ref().map(|_| Scores::new(args.worst.unwrap_or(20)));
 
     let bar = ProgressBar::new(dataset.len() as u64);
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} images, {msg}, {eta} left")?;
     bar.set_style(style);
     let evaluation =
-        evaluate(&model, &dataset, size, &mut || args.device.open(), &mut |done, confusion| {
-            bar.set_message(format!("mIoU {:.1} %", 100.0 * confusion.miou()));
-            bar.set_position(done as u64);
+        evaluate_frames(&model, &dataset, size, &mut || args.device.open(), &mut |frame| {
+            bar.set_message(format!("mIoU {:.1} %", 100.0 * frame.confusion.miou()));
+            bar.set_position(frame.index as u64 + 1);
+            scores.as_mut().map_or(Ok(()), |scores| scores.add(&dataset, frame))
         });
     bar.finish_and_clear();
     let evaluation = evaluation?;
@@ -77,13 +94,25 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         let text = serde_json::to_string_pretty(&figures(&dataset, &evaluation))?;
         files::write_atomic(path, |out| writeln!(out, "{text}"))?;
     }
+    if let (Some(folder), Some(scores)) = (&report, &scores) {
+        let model = model_name(&args);
+        let model = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
+        let title = format!("{model} on {} {}", dataset.kind, dataset.splits.join("+"));
+        for path in report::write(folder, &title, &dataset, &evaluation.confusion, scores)? {
+            say!("-> {}", path.display())?;
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+fn model_name(args: &Args) -> &Path {
+    args.model.as_deref().unwrap_or(Path::new(bundled::MODEL_NAME))
 }
 
 fn print(args: &Args, dataset: &Dataset, evaluation: &Evaluation) -> std::io::Result<()> {
     let confusion = &evaluation.confusion;
     let (splits, root) = (dataset.splits.join(","), dataset.root.display());
-    let model = args.model.as_deref().unwrap_or(Path::new(bundled::MODEL_NAME)).display();
+    let model = model_name(args).display();
     let (w, h) = evaluation.size;
     say!("device   {}", evaluation.device)?;
     say!("model    {model}")?;

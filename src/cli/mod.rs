@@ -6,6 +6,7 @@ mod check;
 mod devices;
 mod eval;
 mod export;
+mod export_predictions;
 mod import;
 mod init;
 mod progress;
@@ -41,6 +42,8 @@ enum Command {
     Stream(stream::Args),
     /// Measure a model on a data set: mIoU, IoU per class, global accuracy
     Eval(eval::Args),
+    /// Write the label PNGs of a split, as the Cityscapes test server takes them
+    ExportPredictions(export_predictions::Args),
     /// Train a model
     Train(Box<train::Args>),
     /// Make a table of the paper: train, count or time what it compares
@@ -80,6 +83,7 @@ pub fn main() -> ExitCode {
         Command::Segment(args) => segment::run(args),
         Command::Stream(args) => stream::run(args),
         Command::Eval(args) => eval::run(args),
+        Command::ExportPredictions(args) => export_predictions::run(args),
         Command::Train(args) => train::run(*args),
         Command::Reproduce(args) => reproduce::run(*args),
         Command::Check(args) => check::run(args),

@@ -2,7 +2,7 @@
 //! and optionally `SPLIT.txt`, a list of names.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{LabelEncoding, Sample, entries, stem};
 use crate::error::{Error, Result};
@@ -68,6 +68,29 @@ pub(super) fn list(root: &Path, split: &str) -> Result<Vec<Sample>> {
         }
     };
     wanted.into_iter().map(sample).collect()
+}
+
+/// Images of a split by name, sorted or in the order of `SPLIT.txt`; labels are not asked for.
+///
+/// # Errors
+/// A missing folder or one without images, a list that does not fit.
+pub(super) fn images(root: &Path, split: &str) -> Result<Vec<(String, PathBuf)>> {
+    let folder = root.join(split);
+    if !folder.is_dir() {
+        let expected = format!("the folder of CamVid's images of split {split}");
+        return Err(Error::format(&folder, expected, "no such folder"));
+    }
+    let images = by_stem(&folder, &IMAGE_EXTENSIONS)?;
+    if images.is_empty() {
+        let expected = "images (*.png, *.jpg) of a CamVid split";
+        return Err(Error::format(&folder, expected, "none of them"));
+    }
+    let list = root.join(format!("{split}.txt"));
+    let names = match list.is_file() {
+        true => read_list(&list, &images)?,
+        false => images.keys().cloned().collect(),
+    };
+    Ok(names.into_iter().map(|name| (name.clone(), folder.join(&images[&name]))).collect())
 }
 
 /// File names by their stem.

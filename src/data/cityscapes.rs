@@ -30,30 +30,55 @@ const LABEL_SUFFIXES: [(&str, LabelEncoding); 2] = [
     ("_gtFine_labelIds.png", LabelEncoding::CityscapesIds),
 ];
 
+/// Label id of a train id: what the test server and cityscapesScripts take.
+pub fn label_id(train_id: u8) -> Option<u8> {
+    let place = (train_id != VOID).then(|| TRAIN_IDS.iter().position(|t| *t == train_id));
+    place.flatten().map(|id| id as u8)
+}
+
+fn split_folder(root: &Path, part: &str, split: &str, role: &str) -> Result<PathBuf> {
+    let folder = root.join(part).join(split);
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    Err(Error::format(
+        folder,
+        format!("the folder of Cityscapes' {role} of split {split}"),
+        "no such folder",
+    ))
+}
+
+/// Images by `CITY/FRAME`.
+fn image_frames(folder: &Path) -> Result<BTreeMap<String, (usize, PathBuf)>> {
+    let images = frames(folder, &[IMAGE_SUFFIX])?;
+    if images.is_empty() {
+        return Err(Error::format(folder, format!("images CITY/*{IMAGE_SUFFIX}"), "none of them"));
+    }
+    Ok(images)
+}
+
+/// Frames of a split and their images, sorted by city and name; labels are not asked for.
+///
+/// # Errors
+/// A missing folder or one without images.
+pub(super) fn images(root: &Path, split: &str) -> Result<Vec<(String, PathBuf)>> {
+    let images = image_frames(&split_folder(root, "leftImg8bit", split, "images")?)?;
+    Ok(images.into_iter().map(|(frame, (_, path))| (short(&frame), path)).collect())
+}
+
+/// `CITY/FRAME` without the city, which the frame's name begins with.
+fn short(frame: &str) -> String {
+    frame.rsplit('/').next().unwrap_or(frame).to_string()
+}
+
 /// Samples of a split, sorted by city and name.
 ///
 /// # Errors
 /// As [`Dataset::open`](super::Dataset::open).
 pub(super) fn list(root: &Path, split: &str) -> Result<Vec<Sample>> {
-    let image_dir = root.join("leftImg8bit").join(split);
-    let label_dir = root.join("gtFine").join(split);
-    for (dir, role) in [(&image_dir, "images"), (&label_dir, "labels")] {
-        if !dir.is_dir() {
-            return Err(Error::format(
-                dir,
-                format!("the folder of Cityscapes' {role} of split {split}"),
-                "no such folder",
-            ));
-        }
-    }
-    let images = frames(&image_dir, &[IMAGE_SUFFIX])?;
-    if images.is_empty() {
-        return Err(Error::format(
-            &image_dir,
-            format!("images CITY/*{IMAGE_SUFFIX}"),
-            "none of them",
-        ));
-    }
+    let image_dir = split_folder(root, "leftImg8bit", split, "images")?;
+    let label_dir = split_folder(root, "gtFine", split, "labels")?;
+    let images = image_frames(&image_dir)?;
     let labels = frames(&label_dir, &LABEL_SUFFIXES.map(|(suffix, _)| suffix))?;
     if let Some((frame, (_, path))) = labels.iter().find(|(f, _)| !images.contains_key(*f)) {
         return Err(Error::format(
@@ -66,7 +91,7 @@ pub(super) fn list(root: &Path, split: &str) -> Result<Vec<Sample>> {
         Some((suffix, label)) => Ok(Sample {
             image,
             label: label.clone(),
-            name: frame.rsplit('/').next().unwrap_or(&frame).to_string(),
+            name: short(&frame),
             encoding: LABEL_SUFFIXES[*suffix].1,
         }),
         None => Err(Error::format(
@@ -116,5 +141,9 @@ mod tests {
         // Three of the official pairs, and caravan (29), which is not evaluated.
         assert_eq!((TRAIN_IDS[7], TRAIN_IDS[26], TRAIN_IDS[33]), (0, 13, 18));
         assert_eq!(TRAIN_IDS[29], VOID);
+        for id in 0..CLASSES.len() as u8 {
+            assert_eq!(TRAIN_IDS[usize::from(label_id(id).unwrap())], id);
+        }
+        assert_eq!((label_id(19), label_id(VOID)), (None, None));
     }
 }

@@ -122,12 +122,7 @@ impl Dataset {
         }
         let mut samples = Vec::new();
         for (i, split) in splits.iter().enumerate() {
-            let plain = !split.is_empty() && !split.contains(['/', '\\']) && split != "..";
-            if !plain {
-                return Err(Error::Usage(format!(
-                    "splits: expected a folder name such as train or val, found {split:?}"
-                )));
-            }
+            check_split(split)?;
             if splits[..i].contains(split) {
                 return Err(Error::Usage(format!("splits: {split} is named twice")));
             }
@@ -201,6 +196,29 @@ impl Dataset {
         let (w, h) = decode::image_size(&first.image)?;
         Ok(working_size(self.kind, w, h))
     }
+}
+
+/// Names and files of a split's images, in the order of its list or of its names. Labels need not
+/// be there: test splits have none.
+///
+/// # Errors
+/// [`Error::Usage`] for a split that is not a plain folder name; [`Error::Format`] for a missing
+/// folder or a split without images.
+pub fn images(kind: DatasetKind, root: &Path, split: &str) -> Result<Vec<(String, PathBuf)>> {
+    check_split(split)?;
+    match kind {
+        DatasetKind::Camvid => camvid::images(root, split),
+        DatasetKind::Cityscapes => cityscapes::images(root, split),
+    }
+}
+
+fn check_split(split: &str) -> Result<()> {
+    if !split.is_empty() && !split.contains(['/', '\\']) && split != ".." {
+        return Ok(());
+    }
+    Err(Error::Usage(format!(
+        "splits: expected a folder name such as train or val, found {split:?}"
+    )))
 }
 
 /// Size that the network sees for an image of `w` x `h`.

@@ -14,6 +14,8 @@ use crate::font::FONT;
 
 const WIDTH: u32 = 960;
 const HEIGHT: u32 = 540;
+/// Height of the strip above the chart.
+const STRIP: u32 = 40;
 const LOSS: RGBColor = RGBColor(31, 119, 180);
 const MIOU: RGBColor = RGBColor(214, 39, 40);
 
@@ -55,11 +57,18 @@ fn draw(title: &str, history: &[EpochRecord]) -> std::result::Result<Vec<u8>, St
             .collect();
         let last = history.last().map_or(1.0, |r| r.epoch as f64).max(2.0);
         let top = loss.iter().map(|p| p.1).fold(0.0, f64::max).max(1e-3) * 1.05;
+
+        // Title and legend have a strip of their own, where they cannot hide a curve.
+        let (strip, area) = area.split_vertically(STRIP as i32);
         let best = miou.iter().map(|p| p.1).fold(0.0, f64::max);
+        let entries = [
+            (LOSS, "training loss".to_string()),
+            (MIOU, format!("validation mIoU (best {best:.3})")),
+        ];
+        head(&strip, title, &entries[..if miou.is_empty() { 1 } else { 2 }]).map_err(words)?;
 
         let mut chart = ChartBuilder::on(&area)
             .margin(12)
-            .caption(title, ("sans-serif", 20))
             .x_label_area_size(40)
             .y_label_area_size(56)
             .right_y_label_area_size(56)
@@ -82,29 +91,38 @@ fn draw(title: &str, history: &[EpochRecord]) -> std::result::Result<Vec<u8>, St
             .label_style(("sans-serif", 15))
             .draw()
             .map_err(words)?;
-        chart
-            .draw_series(LineSeries::new(loss, LOSS.stroke_width(2)))
-            .map_err(words)?
-            .label("training loss")
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], LOSS.stroke_width(2)));
-        if !miou.is_empty() {
-            chart
-                .draw_secondary_series(LineSeries::new(miou, MIOU.stroke_width(2)))
-                .map_err(words)?
-                .label(format!("validation mIoU (best {best:.3})"))
-                .legend(|(x, y)| PathElement::new([(x, y), (x + 18, y)], MIOU.stroke_width(2)));
-        }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::MiddleRight)
-            .background_style(WHITE.mix(0.8))
-            .border_style(BLACK.mix(0.3))
-            .label_font(("sans-serif", 15))
-            .draw()
-            .map_err(words)?;
+        chart.draw_series(LineSeries::new(loss, LOSS.stroke_width(2))).map_err(words)?;
+        // A single validation is a point, which a line would not show.
+        let points: Vec<_> = miou.iter().map(|&p| Circle::new(p, 3, MIOU.filled())).collect();
+        chart.draw_secondary_series(LineSeries::new(miou, MIOU.stroke_width(2))).map_err(words)?;
+        chart.draw_secondary_series(points).map_err(words)?;
         area.present().map_err(words)?;
     }
     Ok(pixels)
+}
+
+type Area<'a> = DrawingArea<BitMapBackend<'a>, plotters::coord::Shift>;
+type DrawError<'a> = DrawingAreaErrorKind<<BitMapBackend<'a> as DrawingBackend>::ErrorType>;
+
+/// Title on the left, curves with their colours on the right.
+fn head<'a>(
+    strip: &Area<'a>,
+    title: &str,
+    entries: &[(RGBColor, String)],
+) -> std::result::Result<(), DrawError<'a>> {
+    const LINE: i32 = 24;
+    let style = |size: u32| TextStyle::from(("sans-serif", size).into_font());
+    strip.draw(&Text::new(title.to_string(), (68, 12), style(20)))?;
+    let mut right = WIDTH as i32 - 68;
+    for (colour, text) in entries.iter().rev() {
+        let (width, _) = strip.estimate_text_size(text, &style(15))?;
+        right -= width as i32;
+        strip.draw(&Text::new(text.clone(), (right, 15), style(15)))?;
+        let ends = [(right - LINE - 6, 23), (right - 6, 23)];
+        strip.draw(&PathElement::new(ends.to_vec(), colour.stroke_width(3)))?;
+        right -= LINE + 30;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -137,6 +155,36 @@ mod tests {
             let count = picture.pixels().filter(|p| p.0 == [colour.0, colour.1, colour.2]).count();
             // A line two pixels wide across most of an 850 pixel wide chart.
             assert!(count > 500, "{count} pixels of {colour:?}");
+        }
+    }
+
+    /// The legend once lay over the last epochs of a good run.
+    #[test]
+    fn a_curve_stays_visible_to_its_last_epoch_wherever_it_runs() {
+        for miou in [0.05, 0.5, 0.95] {
+            let record = |epoch| EpochRecord {
+                epoch,
+                step: 1,
+                lr: 5e-4,
+                loss: 1.0,
+                images_per_second: 1.0,
+                seconds: 1.0,
+                validation: Some(Validation {
+                    miou,
+                    global_accuracy: 0.9,
+                    per_class_iou: Vec::new(),
+                }),
+            };
+            let history: Vec<EpochRecord> = (1..=30).map(record).collect();
+            let pixels = draw("run", &history).unwrap();
+            let pure = |x: u32, y: u32| {
+                let at = ((y * WIDTH + x) * 3) as usize;
+                pixels[at..at + 3] == [MIOU.0, MIOU.1, MIOU.2]
+            };
+            // Axes take up to 68 pixels on either side.
+            let seen = |x: u32| (STRIP..HEIGHT).any(|y| pure(x, y));
+            let hidden = (72..WIDTH - 72).filter(|&x| !seen(x)).count();
+            assert_eq!(hidden, 0, "columns without the curve at mIoU {miou}");
         }
     }
 
