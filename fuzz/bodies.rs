@@ -19,8 +19,11 @@ use fpenet::{Model, ModelConfig};
 /// Pixels up to which a decoded photo is taken all the way: beyond, it is only slow.
 const MAX_PIXELS: u32 = 1 << 20;
 
-/// Every body by the name of its target and of its corpus.
-pub const TARGETS: [(&str, fn(&[u8])); 5] =
+/// A target: its name, which is that of its corpus, and its body.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// Every body.
+pub const TARGETS: [Target; 5] =
     [("npy", npy), ("model", model), ("image", image), ("config", config), ("y4m", y4m)];
 
 /// A NumPy array.

@@ -67,11 +67,11 @@ pub fn open(
     open_with(device, precision, threads, None)
 }
 
-/// [`open`], with the variants of a GPU's kernels chosen by what `fpenet tune` measured on the card
+/// [`open`](fn@open), with the variants of a GPU's kernels chosen by what `fpenet tune` measured on the card
 /// for the shape at hand, or else by the cost model.
 ///
 /// # Errors
-/// Those of [`open`].
+/// Those of [`open`](fn@open).
 pub fn open_tuned(
     device: DeviceChoice,
     precision: Precision,

@@ -134,9 +134,9 @@ pub struct Work {
 /// room for it, everything after works in that room. Host arrays are f32 and dense.
 ///
 /// # Errors
-/// Of every method: [`Error::Device`](crate::Error::Device) for what the device refuses, memory
-/// above all, [`Error::Kernel`](crate::Error::Kernel) for a launch or a library call that failed,
-/// [`Error::Usage`](crate::Error::Usage) for a plan that this device has no operators for.
+/// Of every method: [`Error::Device`] for what the device refuses, memory
+/// above all, [`Error::Kernel`] for a launch or a library call that failed,
+/// [`Error::Usage`] for a plan that this device has no operators for.
 pub trait Backend: Send {
     /// Device kind as on the command line: `cpu`, `cuda`, `emulated`.
     fn kind(&self) -> &'static str;
@@ -167,7 +167,7 @@ pub trait Backend: Send {
     /// copies just that, the others get it normalised.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) for another number of values, or what the device says.
+    /// [`Error::Shape`] for another number of values, or what the device says.
     fn write_images(&mut self, plan: &Plan, images: &Images) -> Result<()> {
         match images {
             Images::Normalised(values) => self.write(&plan.input, values),
@@ -198,7 +198,7 @@ pub trait Backend: Send {
     /// Waits for what was launched in a lane and takes its result.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) for an output of another length, or what the device says.
+    /// [`Error::Shape`] for an output of another length, or what the device says.
     fn collect(&mut self, plan: &Plan, lane: usize, output: Output) -> Result<()> {
         let _ = lane;
         match output {

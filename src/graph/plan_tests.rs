@@ -5,7 +5,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{Attention, BlockActivation, Decoder, ModelConfig};
-use crate::graph::{ParamStore, passes};
+use crate::graph::passes::{self, Rewrites};
+use crate::graph::{Node, ParamId, ParamStore};
+use crate::ops::{Act, Activation, BatchNorm, BnParams, Conv1x1, Conv3x3};
 
 fn lifetimes() -> impl Strategy<Value = Vec<Lifetime>> {
     let block = (1usize..500, 0usize..40, 0usize..15);
@@ -306,6 +308,10 @@ proptest! {
         let runs = modes.map(|mode| (&inference, mode)).into_iter();
         // The graph without passes has more nodes and must be as safe.
         let runs = runs.chain([(&training, Mode::Training), (&graph, Mode::Training)]);
+        // Joined steps may also run one after the other, which is what the simulation does.
+        let params = ParamStore::zeros(&graph.params);
+        let (rewritten, _) = passes::for_inference_with(&graph, &params, Rewrites::ALL);
+        let runs = runs.chain([Mode::Logits, Mode::Labels].map(|mode| (&rewritten, mode)));
         for ((graph, mode), layout) in runs.flat_map(|run| LAYOUTS.map(|layout| (run, layout))) {
             let plan = Plan::new(graph, (n, h, w), mode, layout).unwrap();
             if let Err(problem) = Simulation::new(graph, &plan).run() {
@@ -352,6 +358,107 @@ fn padded_planes_avoid_the_strides_that_share_cache_sets() {
             let stride = tensor.plane_stride;
             assert!(stride.is_multiple_of(16) && !stride.is_multiple_of(256), "{stride}");
             assert!(tensor.offset.is_multiple_of(16), "{}: {}", step.name, tensor.offset);
+        }
+    }
+}
+
+/// A node of a random graph: its operator, and where its operands come from.
+type Choice = (usize, usize, usize);
+
+/// A graph that no configuration gives: operators in any order over any earlier nodes. Whatever
+/// is left unread at the end goes into the logits.
+fn random_graph(choices: &[Choice]) -> Graph {
+    let mut g = RandomGraph { nodes: Vec::new(), shapes: Vec::new(), read: Vec::new() };
+    g.push(Op::Input { channels: 3 }, &[]);
+    for &(kind, a, b) in choices {
+        let x = a % g.nodes.len();
+        let shape = g.shapes[x];
+        let act = if b.is_multiple_of(2) { Act::Relu } else { Act::None };
+        let like = g.other(x, b, |s| s == shape);
+        let beside = g.other(x, b, |s| (s.h, s.w) == (shape.h, shape.w));
+        match (kind, like, beside) {
+            (0, ..) => g.conv1x1(x, 1 + b % 5),
+            (1, Some(r), _) => g.push(batch_norm(shape.c, act), &[x, r]),
+            (2, Some(r), _) => g.push(Op::Add, &[x, r]),
+            (3 | 4, _, Some(y)) => g.push(Op::Concat, &[x, y]),
+            (5, ..) => g.push(Op::Activation(Activation { act: Act::Sigmoid }), &[x]),
+            (6, ..) => g.push(Op::GlobalAvgPool, &[x]),
+            (7, ..) => g.push(Op::ChannelMean, &[x]),
+            (8, ..) => g.push(Op::Resize, &[x, b % g.nodes.len()]),
+            (9, ..) => g.push(conv3x3(shape.c), &[x]),
+            _ => g.push(batch_norm(shape.c, act), &[x]),
+        };
+    }
+    let unread: Vec<usize> = (0..g.nodes.len()).filter(|&i| !g.read[i]).collect();
+    let ends: Vec<usize> = unread.into_iter().map(|i| g.push(Op::Resize, &[i, 0])).collect();
+    let all = if ends.len() == 1 { ends[0] } else { g.push(Op::Concat, &ends) };
+    let scores = g.conv1x1(all, 4);
+    let logits = NodeId(g.push(Op::Resize, &[scores, 0]));
+    let named = vec![("stage1".to_string(), NodeId(scores / 2))];
+    Graph { nodes: g.nodes, params: Vec::new(), logits, named }
+}
+
+struct RandomGraph {
+    nodes: Vec<Node>,
+    shapes: Vec<Shape>,
+    read: Vec<bool>,
+}
+
+impl RandomGraph {
+    fn push(&mut self, op: Op, inputs: &[usize]) -> usize {
+        let shapes: Vec<Shape> = inputs.iter().map(|&i| self.shapes[i]).collect();
+        self.shapes.push(match op {
+            Op::Input { channels } => Shape::new(1, channels, 20, 24),
+            _ => op.shape(&shapes).unwrap(),
+        });
+        for (i, &input) in inputs.iter().enumerate() {
+            self.read[input] |= op.reads(i);
+        }
+        self.read.push(false);
+        let (name, id) = (format!("node{}", self.nodes.len()), self.nodes.len());
+        self.nodes.push(Node::new(name, op, inputs.iter().map(|&i| NodeId(i)).collect()));
+        id
+    }
+
+    fn conv1x1(&mut self, x: usize, out_channels: usize) -> usize {
+        let in_channels = self.shapes[x].c;
+        let (weight, bias, act) = (ParamId(0), None, Act::None);
+        self.push(Op::Conv1x1(Conv1x1 { in_channels, out_channels, weight, bias, act }), &[x])
+    }
+
+    /// Another node of a shape that fits; the operators take no tensor twice.
+    fn other(&self, x: usize, b: usize, fits: impl Fn(Shape) -> bool) -> Option<usize> {
+        let count = self.nodes.len();
+        (0..count).map(|i| (i + b) % count).find(|&i| i != x && i > 0 && fits(self.shapes[i]))
+    }
+}
+
+fn batch_norm(channels: usize, act: Act) -> Op {
+    let id = ParamId(0);
+    let params = BnParams { weight: id, bias: id, running_mean: id, running_var: id };
+    Op::BatchNorm(BatchNorm { channels, params, act })
+}
+
+fn conv3x3(in_channels: usize) -> Op {
+    let (weight, bias, act) = (ParamId(0), None, Act::None);
+    Op::Conv3x3(Conv3x3 { in_channels, out_channels: 5, stride: 2, weight, bias, act })
+}
+
+proptest! {
+    #![proptest_config(cases(400))]
+
+    #[test]
+    fn random_graphs_keep_every_tensor_until_its_last_reader(
+        choices in proptest::collection::vec((0usize..11, 0usize..1000, 0usize..1000), 0..40),
+    ) {
+        let graph = random_graph(&choices);
+        let modes = [Mode::Logits, Mode::Labels, Mode::Inspect, Mode::Training];
+        for (mode, layout) in modes.into_iter().flat_map(|m| LAYOUTS.map(|l| (m, l))) {
+            let plan = Plan::new(&graph, (2, 20, 24), mode, layout).unwrap();
+            if let Err(problem) = Simulation::new(&graph, &plan).run() {
+                let nodes: Vec<_> = graph.nodes.iter().map(|n| (n.op.kind(), &n.inputs)).collect();
+                prop_assert!(false, "{mode:?}, {layout:?}: {problem} in {nodes:?}");
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `fpenet view`: a page on this machine's loopback interface that segments photos.
 //!
-//! [`routes`] answers requests, [`worker`] runs the network on a thread of its own, [`page`] holds
-//! the files of the page, [`guard`] refuses what does not come from that page. Everything that a
+//! `routes` answers requests, `worker` runs the network on a thread of its own, `page` holds
+//! the files of the page, `guard` refuses what does not come from that page. Everything that a
 //! request can use up has a bound: connections, waiting photos, bytes, time.
 
 mod guard;
