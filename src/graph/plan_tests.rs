@@ -75,7 +75,9 @@ impl<'a> Simulation<'a> {
         let mut from = 0;
         for input in &self.graph.nodes[node].inputs {
             let step = self.plan.steps.iter().position(|s| s.name == self.graph.node(*input).name);
-            let channels = self.plan.steps[step.expect("every operand has a step")].output.shape.c;
+            // The image has no step.
+            let tensor = step.map_or(&self.plan.input, |i| &self.plan.steps[i].output);
+            let channels = tensor.shape.c;
             if channel < from + channels {
                 return self.origin(input.0, channel - from);
             }
