@@ -262,6 +262,11 @@ impl Test<'_> {
             }
             cpu.backend.forward_step(&cpu.plan, index)?;
             gpu.backend.forward_step(&gpu.plan, index)?;
+            // Fused into an earlier launch: the whole pass checks it. A concat has no work to do where
+            // its operands are written in place.
+            if gpu.backend.within_another(index) && !matches!(step.op, crate::ops::Op::Concat) {
+                continue;
+            }
             let expected = cpu.read(&step.output)?;
             let found = gpu.read(&twin.output)?;
             let comparison = Comparison::relative_l2(&found, &expected);

@@ -219,6 +219,13 @@ pub trait Backend: Send {
     /// Labels of the batch for the loss, N x H x W; 255 and any value not below C are ignored.
     fn write_labels(&mut self, labels: &[u8]) -> Result<()>;
 
+    /// Whether step `index` has no command of its own because an earlier step's does its work as well:
+    /// what lies between the two need not exist.
+    fn within_another(&self, index: usize) -> bool {
+        let _ = index;
+        false
+    }
+
     /// Runs step `index` of the forward pass (a joined step may run with the one before it).
     fn forward_step(&mut self, plan: &Plan, index: usize) -> Result<()>;
 

@@ -466,6 +466,10 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         Ok(())
     }
 
+    fn within_another(&self, index: usize) -> bool {
+        self.prepared.as_ref().is_some_and(|prepared| prepared.program.step(index).is_empty())
+    }
+
     fn forward_step(&mut self, _plan: &Plan, index: usize) -> Result<()> {
         let (device, prepared) = self.parts()?;
         let commands = match &prepared.program.stem_rgb {
