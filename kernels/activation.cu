@@ -4,7 +4,7 @@
 // ReLU passes dy where y > 0, the sigmoid has dx = dy * y * (1 - y).
 // Bytes: one read per operand and one write per element (one more read where it accumulates);
 // one FLOP or so per element: bound by memory. No shared memory.
-// Launch: 256 threads, grid (ceil(pixels / 1024), C, N): launch.rs, planes().
+// Launch: 256 threads, grid (ceil(pixels / 1024), C, N): launch::planes().
 #include "common.cuh"
 
 namespace {

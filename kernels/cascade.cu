@@ -9,7 +9,7 @@
 // Bytes: x once (plus halos), y once. FLOPs: 18 per output. Shared: 2 regions of f32 (1 where
 // nothing is carried from branch to branch). With stride 2 an even dilation reads even rows and
 // columns only: a stride-1 convolution of half the dilation on the subsampled plane.
-// Launch: block (32, 8, 16 or 32), grid (tiles, chains, N): launch.rs, cascade_forward().
+// Launch: block (32, 8, 16 or 32), grid (tiles, chains, N): launch::cascade_forward().
 //
 // Training goes branch by branch, since batch norm needs the statistics of all of u_i:
 // depthwise_forward writes u_i; its backward is depthwise_backward_data (ds_i = D_i^T du_i, gathered)

@@ -22,7 +22,7 @@ constexpr int ACT_RELU = 1;
 constexpr int ACT_SIGMOID = 2;
 
 // Pixels of a thread in elementwise kernels, and of a block in reductions over pixels
-// (launch.rs computes grids by the same numbers).
+// (src/backend/gpu/launch computes grids by the same numbers).
 constexpr int PIXELS_PER_THREAD = 4;
 constexpr int REDUCTION_THREADS = 256;
 constexpr int REDUCTION_PIXELS = 4096;

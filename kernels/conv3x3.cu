@@ -5,7 +5,7 @@
 // A block makes 32 x 8 pixels of 16 output channels, a thread one pixel: 16 sums in registers.
 // Shared: one input channel's tile at a time, ((8 - 1) s + 3) x ((32 - 1) s + 3) floats, and the
 // weights of the 16 outputs for it, read by broadcast.
-// Launch: block (32, 8), grid (tiles, groups of 16 outputs, N): launch.rs, conv3x3_forward().
+// Launch: block (32, 8), grid (tiles, groups of 16 outputs, N): launch::conv3x3_forward().
 //
 // Backward: dW[o][i][t] = sum over n, p of dY[n][o][p] x[n][i][p * s + t - 1] in two levels; a
 // block sums 4096 pixels of one (o, i) pair, nine sums per thread. x is read nine times per o, from

@@ -10,7 +10,7 @@
 // with what the interpolation reads around it, kept in shared memory; then bilinear resize and
 // argmax out of there: the scores are never written. Bytes: x, sa, t with a halo (a third more for
 // a factor of two), a byte per label. Shared: 80 (in + 1) + 80 (region) bytes: 30 KB for a factor of
-// two and 32 channels. Launch: block (32, 8), grid (tiles, 1, N): launch.rs, scores_argmax().
+// two and 32 channels. Launch: block (32, 8), grid (tiles, 1, N): launch::scores_argmax().
 #include "bilinear.cuh"
 
 namespace {

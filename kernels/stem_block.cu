@@ -9,7 +9,7 @@
 // Bytes: x with a halo (1.2), s and y once each: a third of what four launches move, whose e and d
 // go to memory and back. FLOPs: per pixel 2 * 1088, with 1.22 of the first 688 products.
 // Shared: 16 x 512 of e and 3 x 33 x 66 of x in the tensors' storage, 1152 floats of weights: 33 KB in
-// f16, 61 KB in f32. Launch: block (256), grid (tiles, 1, N): launch.rs, stem_block().
+// f16, 61 KB in f32. Launch: block (256), grid (tiles, 1, N): launch::stem_block().
 #include "image.cuh"
 
 namespace {

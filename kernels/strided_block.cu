@@ -11,7 +11,7 @@
 // and 4 for dilations 1, 2, 4.
 // Bytes: x per branch out of L2 with that halo, y once. FLOPs: 2 C per expanded value, 18 per output.
 // Shared: 2 (C + 16) (pixels + 8) + 10 KB of sums: 40 KB for C = 32, 59 KB for C = 64.
-// Launch: grid (tiles, branches, N): launch.rs, strided_block().
+// Launch: grid (tiles, branches, N): launch::strided_block().
 #include "cascade.cuh"
 #include "tile.cuh"
 

@@ -1,7 +1,7 @@
 // Every second row and column, y[n][c][i][j] = x[n][c][2 i][2 j]: what the even-dilated branches of a
 // strided block read. Where a 1x1 convolution follows, it reads so itself (conv1x1.cu) instead.
 // Bytes: y written, twice as much of x touched (half of every even row). No shared memory.
-// Launch: 256 threads, grid (ceil(pixels of y / 1024), C, N): launch.rs, planes().
+// Launch: 256 threads, grid (ceil(pixels of y / 1024), C, N): launch::planes().
 #include "common.cuh"
 
 namespace {

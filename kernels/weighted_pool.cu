@@ -2,9 +2,9 @@
 //   y[c] = mean over p of s[p] upsample(x)[c][p] = sum over q of (U^T s)[q] x[c][q] / pixels,
 //   y[C] = mean of s.
 // gather: g = U^T s, a thread per low-resolution pixel; reads s about 9 times out of L1, writes g
-// (f32). Launch: block (32, 8), grid (tiles, 1, N): launch.rs, tiles().
+// (f32). Launch: block (32, 8), grid (tiles, 1, N): launch::tiles().
 // weighted_pool: a block per channel adds up g * x, one more adds up s: x and s once, g per channel
-// out of L2. Launch: 256 threads, grid (1, C + 1, N): launch.rs, block_per_plane(). 128 bytes of
+// out of L2. Launch: 256 threads, grid (1, C + 1, N): launch::block_per_plane(). 128 bytes of
 // shared memory.
 #include "bilinear.cuh"
 

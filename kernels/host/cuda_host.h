@@ -104,6 +104,19 @@ template <typename T>
 T __ldg(const T* p) {
     return *p;
 }
+template <typename T>
+T __ldcg(const T* p) {
+    return *p;
+}
+
+// All threads of a launch take turns on one OS thread: memory is one, and nothing comes between.
+inline void __threadfence() {}
+// Adds one, or starts again at zero behind `last`; the value before.
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+    const unsigned before = *at;
+    *at = before >= last ? 0 : before + 1;
+    return before;
+}
 
 // Vectors, for loads and stores of 8 and 16 bytes (common.cuh, load_wide, store_wide).
 struct alignas(8) uint2 {

@@ -139,6 +139,7 @@ pub(super) fn kernels(
         statistics: buffer,
         rgb: None,
         control: buffer,
+        counters: buffer,
     };
     let program = lower(plan, &memory, Target { element, shared_limit, variants }).unwrap();
     let name = |command: &Command| match command {

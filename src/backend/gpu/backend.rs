@@ -149,6 +149,7 @@ impl<D: GpuDevice> GpuBackend<D> {
             memory.scratch,
             memory.labels,
             memory.control,
+            memory.counters,
         ];
         let pairs = memory.moments.into_iter().chain(memory.rgb).flatten();
         let all = fixed.into_iter().chain(optional).chain(pairs);
@@ -307,11 +308,15 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             rgb,
             labels,
             control,
+            counters: arena,
         };
         let target = Target { element, shared_limit: device.shared_memory_limit(), variants };
         let needed = lower::lower(plan, &memory, target)?;
         memory.scratch = device.alloc(needed.scratch_bytes.max(4), "scratch")?;
         memory.statistics = device.alloc(needed.statistics_bytes.max(4), "statistics")?;
+        let counter_bytes = needed.counter_bytes.max(4);
+        memory.counters = device.alloc(counter_bytes, "counters")?;
+        device.zero(memory.counters.into(), counter_bytes)?;
         let program = lower::lower(plan, &memory, target)?;
         let halves = if params_half.is_some() { 2 * plan.param_len } else { 0 };
         let vectors = plan.param_len + if training { 3 * plan.trainable_len } else { 0 };
@@ -323,6 +328,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             + pixels
             + needed.scratch_bytes
             + needed.statistics_bytes
+            + needed.counter_bytes
             + control::BYTES;
         self.prepared = Some(Prepared {
             memory,

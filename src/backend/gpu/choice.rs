@@ -321,6 +321,7 @@ pub fn work(
         rgb: None,
         labels: place,
         control: place,
+        counters: place,
     };
     let program = lower::lower(plan, &memory, Target { element, shared_limit, variants })?;
     Ok(cost::forward(plan, &program, element))

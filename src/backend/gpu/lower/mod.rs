@@ -46,6 +46,8 @@ pub struct Memory {
     pub labels: Buffer,
     /// `Control` of kernels/control.cuh.
     pub control: Buffer,
+    /// Integers by which the blocks of a launch find each other: zero before it and after it.
+    pub counters: Buffer,
 }
 
 /// A plan as commands.
@@ -68,6 +70,8 @@ pub struct Program {
     pub scratch_bytes: usize,
     /// Bytes of [`Memory::statistics`] that they use.
     pub statistics_bytes: usize,
+    /// Bytes of [`Memory::counters`] that they use.
+    pub counter_bytes: usize,
 }
 
 impl Program {
@@ -114,6 +118,7 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         scratch_peak: 0,
         statistics: HashMap::new(),
         statistics_bytes: 0,
+        counter_bytes: 0,
         labelled: false,
         twins: Vec::new(),
     };
@@ -163,6 +168,7 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
     }
     program.scratch_bytes = lowering.scratch_peak;
     program.statistics_bytes = lowering.statistics_bytes;
+    program.counter_bytes = lowering.counter_bytes;
     Ok(program)
 }
 
@@ -252,6 +258,7 @@ struct Lowering<'a> {
     /// Places of batch norms' statistics, by the offsets of their saved tensors.
     statistics: HashMap<usize, usize>,
     statistics_bytes: usize,
+    counter_bytes: usize,
     /// Whether the last step made labels of its scores.
     labelled: bool,
     /// Tensors with a second place in scratch.
@@ -369,6 +376,13 @@ impl Lowering<'_> {
             start
         });
         Place { buffer: self.memory.statistics, byte_offset }
+    }
+
+    /// `len` counters for one launch alone.
+    fn counters(&mut self, len: usize) -> Place {
+        let place = Place { buffer: self.memory.counters, byte_offset: self.counter_bytes };
+        self.counter_bytes += 4 * len;
+        place
     }
 
     /// Keeps what scratch there is for the steps that follow.

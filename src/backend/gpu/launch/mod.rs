@@ -1,6 +1,12 @@
 //! Commands for a [`GpuDevice`](super::GpuDevice), and the one place that decides launch shapes:
 //! grid, block and shared memory are the same on a real and on the emulated device.
 
+mod blocks;
+mod decoder;
+
+pub use blocks::*;
+pub use decoder::*;
+
 use super::device::{Buffer, Element, Place};
 use crate::graph::Shape;
 
@@ -475,134 +481,4 @@ pub fn pair(tiling: PairTiling, output: Shape, args: Vec<Arg>) -> Launch {
 /// A thread per element of a vector, per image.
 pub fn elements(kernel: &'static str, len: usize, n: usize, args: Vec<Arg>) -> Launch {
     launch(kernel, grid(len.div_ceil(THREADS as usize), 1, n), [THREADS, 1, 1], args)
-}
-
-/// Classes that meu_scores.cu works on at a time.
-const CLASSES: usize = 20;
-
-/// meu_scores.cu: a thread per pixel, groups of 20 classes, the group's map in shared memory.
-pub fn scores(kernel: &'static str, output: Shape, inputs: usize, args: Vec<Arg>) -> Launch {
-    let shared_bytes = (4 * CLASSES * (inputs + 1)) as u32;
-    let groups = output.with_channels(output.c.div_ceil(CLASSES));
-    Launch { shared_bytes, ..tiles(kernel, groups, args) }
-}
-
-/// How meu_scores.cu makes labels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LabelsTiling {
-    /// Most pixels of the scores that a tile of labels is interpolated from.
-    pub pitch: usize,
-    /// Dynamic shared memory.
-    pub shared_bytes: usize,
-}
-
-/// Tiles of 64 x 16 labels.
-const LABELS: (usize, usize) = (16, 64);
-
-/// For scores of `inputs` channels at the size of `x`, labels at `size`; None where the scores of a
-/// tile do not fit into `limit` bytes.
-pub fn labels_tiling(x: Shape, size: Shape, inputs: usize, limit: usize) -> Option<LabelsTiling> {
-    // The first and the last label of a tile read pixels this far apart, and one beyond.
-    let side = |tile: usize, from: usize, to: usize| {
-        ((tile.min(to) - 1) * from).div_ceil(to).saturating_add(3).min(from)
-    };
-    let pitch = side(LABELS.0, x.h, size.h) * side(LABELS.1, x.w, size.w);
-    let shared_bytes = 4 * CLASSES * (inputs + 1 + pitch);
-    (shared_bytes <= limit).then_some(LabelsTiling { pitch, shared_bytes })
-}
-
-/// meu_scores.cu: a block per tile of labels.
-pub fn scores_argmax(
-    kernel: &'static str,
-    tiling: LabelsTiling,
-    size: Shape,
-    args: Vec<Arg>,
-) -> Launch {
-    let tiles = size.h.div_ceil(LABELS.0) * size.w.div_ceil(LABELS.1);
-    Launch {
-        kernel,
-        grid: grid(tiles, 1, size.n),
-        block: [32, 8, 1],
-        shared_bytes: tiling.shared_bytes as u32,
-        args,
-    }
-}
-
-/// decoder.cu: a thread per pixel of two tensors.
-pub fn decoder_spatial(kernel: &'static str, x1: Shape, x2: Shape, args: Vec<Arg>) -> Launch {
-    let blocks = |shape: Shape| shape.plane().div_ceil(THREADS as usize);
-    launch(kernel, grid(blocks(x1) + blocks(x2), 1, x1.n), [THREADS, 1, 1], args)
-}
-
-/// decoder.cu: a thread per element of both composed maps, with `floats` of vectors to share.
-pub fn decoder_gates(elements: usize, n: usize, floats: usize, args: Vec<Arg>) -> Launch {
-    let launch = self::elements("decoder_gates_f32", elements, n, args);
-    Launch { shared_bytes: (4 * floats) as u32, ..launch }
-}
-
-/// Shared memory of stem_block.cu: weights, the image and the expanded tensor around 30 x 14 pixels.
-pub fn stem_block_shared(element: Element) -> usize {
-    4 * 1152 + element.size() * (3 * 33 * 66 + 16 * 32 * 16)
-}
-
-/// stem_block.cu: a block per tile of 30 x 14 pixels.
-pub fn stem_block(
-    kernel: &'static str,
-    output: Shape,
-    shared_bytes: usize,
-    args: Vec<Arg>,
-) -> Launch {
-    Launch {
-        kernel,
-        grid: grid(output.h.div_ceil(14) * output.w.div_ceil(30), 1, output.n),
-        block: [THREADS, 1, 1],
-        shared_bytes: shared_bytes as u32,
-        args,
-    }
-}
-
-/// How strided_block.cu makes a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StridedTiling {
-    /// Entry point.
-    pub kernel: &'static str,
-    /// Dynamic shared memory.
-    pub shared_bytes: usize,
-}
-
-/// For branches of `width` channels, each by its stride and dilation on its grid; None for other
-/// widths than the kernel has, and where the largest branch does not fit into `limit` bytes.
-pub fn strided_tiling(
-    width: usize,
-    branches: impl Iterator<Item = (usize, usize)>,
-    limit: usize,
-) -> Option<StridedTiling> {
-    const TILE: usize = 8;
-    let kernel = match width {
-        32 => "strided_block_f16_c32",
-        64 => "strided_block_f16_c64",
-        _ => return None,
-    };
-    let side = |(stride, dilation): (usize, usize)| (TILE - 1) * stride + 2 * dilation + 1;
-    let pixels = branches.map(|branch| side(branch).pow(2)).max()?.next_multiple_of(16);
-    let sums = 4 * 8 * 16 * (16 + 4);
-    let shared_bytes = sums + 2 * (width + 16) * (pixels + 8);
-    (shared_bytes <= limit).then_some(StridedTiling { kernel, shared_bytes })
-}
-
-/// strided_block.cu: a block per tile of 8 x 8 outputs and branch.
-pub fn strided_block(
-    tiling: StridedTiling,
-    output: Shape,
-    branches: usize,
-    args: Vec<Arg>,
-) -> Launch {
-    let tiles = output.h.div_ceil(8) * output.w.div_ceil(8);
-    Launch {
-        kernel: tiling.kernel,
-        grid: grid(tiles, branches, output.n),
-        block: [THREADS, 1, 1],
-        shared_bytes: tiling.shared_bytes as u32,
-        args,
-    }
 }
