@@ -9,7 +9,7 @@
 // Bytes: x once per block of outputs (once in all where grid.y is 1), residual and y once; weights
 // per block out of L2. FLOPs: 2 * in per output.
 // Shared memory: f16: 128 (P + 8) + max(144 R, 4 R (P + 4)) bytes, 26 KB; f32: 8.7 KB.
-// Launch: grid (ceil(pixels / P), rows of output tiles, N): launch.rs, conv1x1().
+// Launch: grid (ceil(pixels / P), rows of output tiles, N): launch::conv1x1_f16() and its neighbours.
 //
 // conv1x1_thin: a thread per pixel and output channel with a warp's lanes along the pixels; for the
 // gates of one channel. conv1x1_vector: a warp per output channel of one pixel; for pooled vectors.
@@ -17,7 +17,7 @@
 // conv1x1_epilogue: what surrounds the product where cuBLAS makes it:
 // y = act(x + bias + residual) with x = W x' in f32: y itself, or scratch where y is stored in half
 // precision, so that the sum is rounded once. Bytes: x read, y written, the residual read.
-// Launch: 256 threads, grid (ceil(pixels / 1024), C, N): launch.rs, planes().
+// Launch: 256 threads, grid (ceil(pixels / 1024), C, N): launch::planes().
 #include "tile.cuh"
 
 namespace {
@@ -68,26 +68,8 @@ __device__ __forceinline__ void conv1x1_f16(const __half* __restrict__ x,
             if (staged != k0) {
                 staged = k0;
                 const __half* from = x + static_cast<size_t>(k0) * op.x_plane;
-                if (x_wide) {
-#pragma unroll 2
-                    for (int i = threadIdx.x; i < steps * 16 * (P / 8); i += TILE_THREADS) {
-                        const int k = i / (P / 8), p = i % (P / 8) * 8;
-                        uint4 v = {0, 0, 0, 0};
-                        if (k < depth) {
-                            v = *reinterpret_cast<const uint4*>(
-                                from + static_cast<size_t>(k) * op.x_plane + first + p);
-                        }
-                        *reinterpret_cast<uint4*>(xs + k * PITCH + p) = v;
-                    }
-                } else {
-                    for (int i = threadIdx.x; i < steps * 16 * P; i += TILE_THREADS) {
-                        const int k = i / P, p = i % P;
-                        const bool inside = k < depth && first + p < op.pixels;
-                        xs[k * PITCH + p] = inside ? from[static_cast<size_t>(k) * op.x_plane +
-                                                          op.source(first + p)]
-                                                   : __float2half(0.0f);
-                    }
-                }
+                stage_pixels<P, PITCH, 2>(from, op.x_plane, 16 * steps, depth, first, op.pixels,
+                                          x_wide, xs, op);
             }
             if (w_wide) {
                 for (int i = threadIdx.x; i < R * (DEPTH_F16 / 8); i += TILE_THREADS) {

@@ -72,36 +72,48 @@ __device__ __forceinline__ void load_eight(const float* from, float (&v)[8]) {
 }
 
 // A row-major matrix of halves into shared memory, rows of `pitch`; all threads of the block.
-template <int ROWS, int COLUMNS, int PITCH>
+template <int ROWS, int COLUMNS, int PITCH, int THREADS = TILE_THREADS>
 __device__ __forceinline__ void stage_matrix(const __half* __restrict__ from, __half* to) {
     constexpr int EIGHTS = COLUMNS / 8;
 #pragma unroll 8
-    for (int i = threadIdx.x; i < ROWS * EIGHTS; i += TILE_THREADS) {
+    for (int i = threadIdx.x; i < ROWS * EIGHTS; i += THREADS) {
         const int r = i / EIGHTS, c = i % EIGHTS * 8;
         *reinterpret_cast<uint4*>(to + r * PITCH + c) =
             *reinterpret_cast<const uint4*>(from + r * COLUMNS + c);
     }
 }
 
-// ROWS planes' pixels from `first` on into shared memory, zeros beyond the end.
-template <int ROWS, int P, int PITCH>
-__device__ __forceinline__ void stage_pixels(const __half* __restrict__ from, int plane_stride,
-                                             int first, int pixels, bool aligned, __half* to) {
-    if (aligned && first + P <= pixels) {
+// Where a pixel of the tile is in a plane that is read pixel by pixel.
+struct Dense {
+    __device__ __forceinline__ int source(int p) const { return p; }
+};
+
+// Pixels `first` to `first + P` of `rows` planes into shared memory. There are `depth` planes and
+// `pixels` pixels; beyond them are zeros. `all`: all P pixels exist, at Dense's places, and every
+// eight of them can be moved at once.
+template <int P, int PITCH, int UNROLL, int THREADS = TILE_THREADS, typename Places = Dense>
+__device__ __forceinline__ void stage_pixels(const __half* from, int plane_stride, int rows,
+                                             int depth, int first, int pixels, bool all,
+                                             __half* to, const Places& places = {}) {
+    if (all) {
         constexpr int EIGHTS = P / 8;
-#pragma unroll 8
-        for (int i = threadIdx.x; i < ROWS * EIGHTS; i += TILE_THREADS) {
+#pragma unroll UNROLL
+        for (int i = threadIdx.x; i < rows * EIGHTS; i += THREADS) {
             const int r = i / EIGHTS, p = i % EIGHTS * 8;
-            *reinterpret_cast<uint4*>(to + r * PITCH + p) = *reinterpret_cast<const uint4*>(
-                from + static_cast<size_t>(r) * plane_stride + first + p);
+            uint4 v = {0, 0, 0, 0};
+            if (r < depth) {
+                v = *reinterpret_cast<const uint4*>(from + static_cast<size_t>(r) * plane_stride +
+                                                    first + p);
+            }
+            *reinterpret_cast<uint4*>(to + r * PITCH + p) = v;
         }
     } else {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < ROWS * P; i += TILE_THREADS) {
+        for (int i = threadIdx.x; i < rows * P; i += THREADS) {
             const int r = i / P, p = i % P;
-            to[r * PITCH + p] = first + p < pixels
-                                    ? from[static_cast<size_t>(r) * plane_stride + first + p]
-                                    : __float2half(0.0f);
+            const bool inside = r < depth && first + p < pixels;
+            to[r * PITCH + p] = inside ? from[static_cast<size_t>(r) * plane_stride +
+                                              places.source(first + p)]
+                                       : __float2half(0.0f);
         }
     }
 }
@@ -141,9 +153,9 @@ __device__ __forceinline__ void write_eight(T* to, const float (&v)[8], bool ali
 // f32 tiles: 64 pixels, 16 channels of the sum at a time.
 constexpr int PIXELS = 64, DEPTH = 16, PITCH_F32 = PIXELS + FLOAT_PAD;
 
-// acc += W[row0 ..][k0 ..] times 16 rows of `xs`; ws holds the weights as [k][row]. Thread (ty, tx)
-// owns R neighbouring rows and 4 pixels.
-template <int R>
+// acc += W[row0 ..][k0 ..] times 16 rows of `xs`; ws holds the weights as [k][row], rows of W_PITCH.
+// Thread (ty, tx) owns R neighbouring rows and 4 pixels.
+template <int R, int W_PITCH = PITCH_F32>
 __device__ __forceinline__ void multiply_f32(const float* ws, const float* xs, float (&acc)[R][4]) {
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 #pragma unroll
@@ -151,7 +163,7 @@ __device__ __forceinline__ void multiply_f32(const float* ws, const float* xs, f
         const float4 v = *reinterpret_cast<const float4*>(xs + k * PITCH_F32 + 4 * tx);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            const float w = ws[k * PITCH_F32 + R * ty + r];
+            const float w = ws[k * W_PITCH + R * ty + r];
             acc[r][0] += w * v.x;
             acc[r][1] += w * v.y;
             acc[r][2] += w * v.z;
@@ -160,13 +172,14 @@ __device__ __forceinline__ void multiply_f32(const float* ws, const float* xs, f
     }
 }
 
-// 16 R rows and 16 columns of a row-major matrix, as [column][row]; zeros beyond `rows`, `depth`.
-template <int R>
+// R rows for every 16 threads, and 16 columns of a row-major matrix, as [column][row]; zeros beyond
+// `rows`, `depth`.
+template <int R, int W_PITCH = PITCH_F32, int THREADS = TILE_THREADS>
 __device__ __forceinline__ void stage_weights_f32(const float* __restrict__ w, int columns,
                                                   int rows, int depth, float* ws) {
-    for (int i = threadIdx.x; i < 16 * R * DEPTH; i += TILE_THREADS) {
+    for (int i = threadIdx.x; i < THREADS * R; i += THREADS) {
         const int row = i / DEPTH, k = i % DEPTH;
-        ws[k * PITCH_F32 + row] = row < rows && k < depth ? w[row * columns + k] : 0.0f;
+        ws[k * W_PITCH + row] = row < rows && k < depth ? w[row * columns + k] : 0.0f;
     }
 }
 

@@ -338,8 +338,8 @@ pub fn cascade_walk(
     chains: usize,
     args: Vec<Arg>,
 ) -> Launch {
-    let rows = if tiling.region <= 1024 { 8 } else { 16 };
-    Launch { block: [32, rows, 1], ..cascade_forward(kernel, tiling, output, chains, args) }
+    let warps = if tiling.region <= 1024 { 8 } else { 16 };
+    Launch { block: [32 * warps, 1, 1], ..cascade_forward(kernel, tiling, output, chains, args) }
 }
 
 /// cascade.cu, all branches in one launch: a block per tile, chain and image.

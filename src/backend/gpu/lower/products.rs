@@ -120,11 +120,6 @@ pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
         low.at(z),
         act_code(project.act),
         act_code(expand.act),
-    ];
-    if low.element == Element::F16 {
-        args.push(Arg::from(tiling.staged));
-    }
-    args.extend(args![
         y.shape.plane(),
         x.batch_stride,
         x.plane_stride,
@@ -134,7 +129,10 @@ pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
         y.plane_stride,
         z.batch_stride,
         z.plane_stride,
-    ]);
+    ];
+    if low.element == Element::F16 {
+        args.push(Arg::from(tiling.staged));
+    }
     low.launch(launch::pair(tiling, y.shape, args));
     true
 }

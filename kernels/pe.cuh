@@ -1,0 +1,226 @@
+// Device code of kernels that make a projection and the next expansion (pe.cu says how). Blocks have
+// one dimension, of THREADS threads.
+#pragma once
+
+#include "tile.cuh"
+
+namespace {
+
+struct Planes {
+    int batch, plane;
+};
+
+// y = act1(w1 x + b1 + residual), z = act2(w2 y + b2), in the order of the kernels' parameters.
+// Biases and the residual may be null, and z, then there is no second product. z may be x, tensor
+// for tensor; nothing else may overlap.
+template <typename T>
+struct ProjectExpand {
+    const T* x;
+    const T* w1;
+    const float* b1;
+    const T* residual;
+    T* y;
+    const T* w2;
+    const float* b2;
+    T* z;
+    int act1, act2, pixels;
+    Planes xs, rs, ys, zs;
+};
+
+// Where the halves of a tile are in shared memory: x, over it the sums, then y, then the weights
+// where they are staged.
+template <int C, int P, bool STAGED>
+struct PairLayout {
+    static constexpr int E = 4 * C, PITCH = P + HALF_PAD, SUM_PITCH = P + FLOAT_PAD;
+    static constexpr int PITCH1 = STAGED ? E + HALF_PAD : E, PITCH2 = STAGED ? C + HALF_PAD : C;
+    static constexpr int Y = E * PITCH, W1 = Y + C * PITCH, W2 = W1 + C * PITCH1;
+};
+
+// The weights of both products into shared memory; nothing of this waits for another kernel. The
+// tiles need a barrier behind it, which they have.
+template <int C, int P, int THREADS = TILE_THREADS>
+__device__ __forceinline__ void stage_pair_weights(const __half* w1, const __half* w2,
+                                                   __half* shared) {
+    using L = PairLayout<C, P, true>;
+    stage_matrix<C, L::E, L::PITCH1, THREADS>(w1, shared + L::W1);
+    stage_matrix<L::E, C, L::PITCH2, THREADS>(w2, shared + L::W2);
+}
+
+// Pixels `tile * P` and following of an image. Between two tiles of a block is a barrier.
+template <int C, int P, bool STAGED, int THREADS = TILE_THREADS>
+__device__ __forceinline__ void pair_tile(const ProjectExpand<__half>& op, int tile, int image,
+                                          __half* shared) {
+    using L = PairLayout<C, P, STAGED>;
+    constexpr int E = L::E, PITCH = L::PITCH, SUM_PITCH = L::SUM_PITCH;
+    constexpr int PITCH1 = L::PITCH1, PITCH2 = L::PITCH2, WARPS = THREADS / 32;
+    constexpr int ROWS = C / 16, ACROSS = WARPS / ROWS, TILES = P / 16 / ACROSS;
+    constexpr int WARP_PITCH = 32 + FLOAT_PAD;
+    static_assert(TILES > 0, "a warp has at least one tile of 16 x 16");
+    static_assert(C * SUM_PITCH * 4 <= E * PITCH * 2, "the sums lie over x");
+    static_assert(WARPS * 16 * WARP_PITCH * 4 <= E * PITCH * 2, "and so do the warps' own");
+    __half* xs = shared;
+    __half* ys = shared + L::Y;
+    float* sums = reinterpret_cast<float*>(xs);
+    const __half* w1 = STAGED ? shared + L::W1 : op.w1;
+    const __half* w2 = STAGED ? shared + L::W2 : op.w2;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = tile * P;
+    const int pixels = op.pixels;
+    const bool inside = first + P <= pixels && wide(op.x, op.xs.batch, op.xs.plane) &&
+                        wide(op.residual, op.rs.batch, op.rs.plane) &&
+                        wide(op.y, op.ys.batch, op.ys.plane) &&
+                        wide(op.z, op.zs.batch, op.zs.plane);
+    const __half* x = op.x + plane_at(image, op.xs.batch, 0, 0);
+    __half* y = op.y + plane_at(image, op.ys.batch, 0, 0);
+    __half* z = op.z != nullptr ? op.z + plane_at(image, op.zs.batch, 0, 0) : nullptr;
+    const __half* residual =
+        op.residual != nullptr ? op.residual + plane_at(image, op.rs.batch, 0, 0) : nullptr;
+
+    stage_pixels<P, PITCH, 8, THREADS>(x, op.xs.plane, E, E, first, pixels, inside, xs);
+    __syncthreads();
+
+    {
+        const int row = warp % ROWS * 16, column = warp / ROWS * TILES * 16;
+        Sums acc[TILES];
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) wmma::fill_fragment(acc[t], 0.0f);
+#pragma unroll 4
+        for (int k = 0; k < E; k += 16) {
+            FragmentA a;
+            wmma::load_matrix_sync(a, w1 + row * PITCH1 + k, PITCH1);
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                FragmentB b;
+                wmma::load_matrix_sync(b, xs + k * PITCH + column + 16 * t, PITCH);
+                wmma::mma_sync(acc[t], a, b, acc[t]);
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+            wmma::store_matrix_sync(sums + row * SUM_PITCH + column + 16 * t, acc[t], SUM_PITCH,
+                                    wmma::mem_row_major);
+        }
+        __syncthreads();
+    }
+#pragma unroll 2
+    for (int i = threadIdx.x; i < C * P / 8; i += THREADS) {
+        const int c = i / (P / 8), p = i % (P / 8) * 8, count = pixels - first - p;
+        float v[8];
+        load_eight(sums + c * SUM_PITCH + p, v);
+        const __half* before = residual;
+        if (before != nullptr) before += static_cast<size_t>(c) * op.rs.plane + first + p;
+        finish_eight(v, op.b1 != nullptr ? op.b1[c] : 0.0f, before, op.act1, inside, count);
+        write_eight(y + static_cast<size_t>(c) * op.ys.plane + first + p, v, inside, count);
+        store_eight(ys + c * PITCH + p, v);
+    }
+    __syncthreads();
+    if (z == nullptr) return;
+
+    float* own = sums + warp * 16 * WARP_PITCH;
+    for (int row = warp * 16; row < E; row += WARPS * 16) {
+        FragmentA a[C / 16];
+#pragma unroll
+        for (int k = 0; k < C / 16; ++k) {
+            wmma::load_matrix_sync(a[k], w2 + row * PITCH2 + 16 * k, PITCH2);
+        }
+        for (int column = 0; column < P; column += 32) {
+            Sums acc[2];
+#pragma unroll
+            for (int t = 0; t < 2; ++t) wmma::fill_fragment(acc[t], 0.0f);
+#pragma unroll
+            for (int k = 0; k < C / 16; ++k) {
+#pragma unroll
+                for (int t = 0; t < 2; ++t) {
+                    FragmentB b;
+                    wmma::load_matrix_sync(b, ys + 16 * k * PITCH + column + 16 * t, PITCH);
+                    wmma::mma_sync(acc[t], a[k], b, acc[t]);
+                }
+            }
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                wmma::store_matrix_sync(own + 16 * t, acc[t], WARP_PITCH, wmma::mem_row_major);
+            }
+            __syncwarp();
+#pragma unroll
+            for (int i = lane; i < 64; i += 32) {
+                const int c = row + i / 4, p = column + i % 4 * 8, count = pixels - first - p;
+                float v[8];
+                load_eight(own + i / 4 * WARP_PITCH + i % 4 * 8, v);
+                const float shift = op.b2 != nullptr ? op.b2[c] : 0.0f;
+                finish_eight<__half>(v, shift, nullptr, op.act2, inside, count);
+                write_eight(z + static_cast<size_t>(c) * op.zs.plane + first + p, v, inside, count);
+            }
+            __syncwarp();
+        }
+    }
+}
+
+// Pixels `tile * 64` and following of an image. Between two tiles of a block is a barrier.
+template <int C, int THREADS = TILE_THREADS>
+__device__ __forceinline__ void pair_tile(const ProjectExpand<float>& op, int tile, int image,
+                                          float* shared) {
+    constexpr int E = 4 * C, GROUP = THREADS / 16, R = C / GROUP, W_PITCH = 4 * GROUP + FLOAT_PAD;
+    static_assert(R > 0, "a thread has at least one row");
+    float* ys = shared;
+    float* xs = ys + C * PITCH_F32;
+    float* ws = xs + DEPTH * PITCH_F32;
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16, first = tile * PIXELS;
+    const int count = op.pixels - first;
+    const float* x = op.x + plane_at(image, op.xs.batch, 0, 0) + first;
+    float* y = op.y + plane_at(image, op.ys.batch, 0, 0) + first;
+    const float* residual =
+        op.residual != nullptr ? op.residual + plane_at(image, op.rs.batch, 0, 0) + first : nullptr;
+
+    float acc[R][4] = {};
+    for (int k0 = 0; k0 < E; k0 += DEPTH) {
+#pragma unroll
+        for (int i = threadIdx.x; i < DEPTH * PIXELS; i += THREADS) {
+            const int k = i / PIXELS, p = i % PIXELS;
+            xs[k * PITCH_F32 + p] =
+                p < count ? x[static_cast<size_t>(k0 + k) * op.xs.plane + p] : 0.0f;
+        }
+        stage_weights_f32<R, W_PITCH, THREADS>(op.w1 + k0, E, C, DEPTH, ws);
+        __syncthreads();
+        multiply_f32<R, W_PITCH>(ws, xs, acc);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        const int c = R * ty + r;
+        const float shift = op.b1 != nullptr ? op.b1[c] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int p = 4 * tx + i;
+            float v = acc[r][i] + shift;
+            if (p < count) {
+                if (residual != nullptr) v += residual[static_cast<size_t>(c) * op.rs.plane + p];
+                v = activate(v, op.act1);
+                y[static_cast<size_t>(c) * op.ys.plane + p] = v;
+            }
+            ys[c * PITCH_F32 + p] = v;
+        }
+    }
+    if (op.z == nullptr) return;
+    float* z = op.z + plane_at(image, op.zs.batch, 0, 0) + first;
+    for (int row = 0; row < E; row += 4 * GROUP) {
+        float sums[4][4] = {};
+        for (int k0 = 0; k0 < C; k0 += DEPTH) {
+            stage_weights_f32<4, W_PITCH, THREADS>(op.w2 + row * C + k0, C, 4 * GROUP, DEPTH, ws);
+            __syncthreads();
+            multiply_f32<4, W_PITCH>(ws, ys + k0 * PITCH_F32, sums);
+            __syncthreads();
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int c = row + 4 * ty + r;
+            const float shift = op.b2 != nullptr ? op.b2[c] : 0.0f;
+            float* out = z + static_cast<size_t>(c) * op.zs.plane + 4 * tx;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (4 * tx + i < count) out[i] = activate(sums[r][i] + shift, op.act2);
+            }
+        }
+    }
+}
+
+}  // namespace
