@@ -20,6 +20,8 @@ use std::{env, fs, thread};
 const OLDEST_ARCH: u32 = 70;
 /// What NVRTC 12.9 compiles for.
 const NVRTC_ARCH: u32 = 70;
+/// Its version, as tools/install-nvcc.sh asks for it.
+const NVRTC_VERSION: (u32, u32) = (12, 9);
 /// Architecture of the Hopper variants.
 const HOPPER: u32 = 90;
 /// A kernel file with this call (kernels/common.cuh), or with a header that has it, has a Hopper
@@ -223,10 +225,14 @@ fn compile_one(nvcc: &Nvcc, job: &Job, headers: &str) -> Result<(), String> {
     fs::write(&key_file, key).map_err(|error| format!("{}: {error}", key_file.display()))
 }
 
+fn by_nvrtc(nvcc: &Nvcc, job: &Job) -> bool {
+    nvcc.nvrtc.is_some() && job.arch == NVRTC_ARCH
+}
+
 /// The program that makes a job's PTX, and its arguments.
 fn command(nvcc: &Nvcc, job: &Job) -> (PathBuf, Vec<OsString>) {
     let (source, out) = (job.source.clone(), job.out.clone());
-    if let (Some(folder), NVRTC_ARCH) = (&nvcc.nvrtc, job.arch) {
+    if let Some(folder) = nvcc.nvrtc.as_ref().filter(|_| by_nvrtc(nvcc, job)) {
         let mut arguments =
             ["tools/nvrtc.py", "--arch", "70", "--toolkit"].map(OsString::from).to_vec();
         arguments.extend([folder.clone(), source, out].map(OsString::from));
@@ -240,13 +246,13 @@ fn command(nvcc: &Nvcc, job: &Job) -> (PathBuf, Vec<OsString>) {
 }
 
 fn write_table(path: &Path, nvcc: Option<&Nvcc>, jobs: &[Job]) -> Result<(), String> {
-    let mut text = String::new();
-    let version = nvcc.map(|nvcc| nvcc.version);
-    let _ = writeln!(text, "pub(super) static NVCC_VERSION: Option<(u32, u32)> = {version:?};");
-    let _ = writeln!(text, "pub(super) static MODULES: &[Module] = &[");
-    for Job { name, arch, out, .. } in jobs {
+    let mut text = String::from("pub(super) static MODULES: &[Module] = &[\n");
+    for (nvcc, job) in nvcc.into_iter().flat_map(|nvcc| jobs.iter().map(move |job| (nvcc, job))) {
+        let Job { name, arch, out, .. } = job;
+        let cuda = if by_nvrtc(nvcc, job) { NVRTC_VERSION } else { nvcc.version };
         let ptx = format!("include_str!({:?})", out.display().to_string());
-        let _ = writeln!(text, "    Module {{ name: {name:?}, arch: {arch}, ptx: {ptx} }},");
+        let fields = format!("name: {name:?}, arch: {arch}, cuda: {cuda:?}, ptx: {ptx}");
+        let _ = writeln!(text, "    Module {{ {fields} }},");
     }
     let _ = writeln!(text, "];");
     fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()))

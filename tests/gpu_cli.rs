@@ -41,3 +41,20 @@ fn the_self_test_is_for_gpus() {
     assert_eq!(code, 2);
     assert!(stderr.contains("expected cuda or emulated"), "{stderr}");
 }
+
+fn passes_the_self_test(precision: &str) {
+    let args = ["selftest", "--device", "emulated", "--seed", "1", "--precision", precision];
+    let (code, stdout, stderr) = fpenet(&args);
+    assert_eq!(code, 0, "{stdout}{stderr}");
+    assert!(stdout.contains("PASS: "), "{stdout}");
+}
+
+#[test]
+fn the_emulated_device_passes_the_self_test_in_f32() {
+    passes_the_self_test("f32");
+}
+
+#[test]
+fn the_emulated_device_passes_the_self_test_in_f16() {
+    passes_the_self_test("f16");
+}

@@ -33,7 +33,10 @@ pub fn decode_file(path: &Path) -> Result<RgbImage> {
     decode_bytes(&read_limited(path, MAX_FILE_BYTES)?, path)
 }
 
-/// [`decode_file`] for bytes in memory; `origin` names them in messages.
+/// [`decode_file`] for bytes in memory; `origin` names them in messages. H x W x 3, 8 bits a channel.
+///
+/// # Errors
+/// [`Error::Format`] as [`decode_file`].
 pub fn decode_bytes(bytes: &[u8], origin: &Path) -> Result<RgbImage> {
     let wrong = |found: String| Error::format(origin, EXPECTED, found);
     if bytes.is_empty() {

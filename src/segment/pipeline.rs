@@ -63,6 +63,10 @@ struct Labelled {
 /// ([`create_folder`](crate::files::create_folder)). `report` hears of each item in
 /// order, on another thread, as soon as its files are on disk or it has failed; a failure stops
 /// nothing else.
+///
+/// # Errors
+/// None of its own: `report` gets, for each item that failed, [`Error::Io`] naming the file that could
+/// not be read or written, [`Error::Format`] for what is not an image, or what the device said.
 pub fn run(
     items: Vec<Item>,
     segmenter: &mut Segmenter,

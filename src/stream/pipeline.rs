@@ -70,7 +70,11 @@ enum Read {
 /// Runs a stream to its end. `report` hears of every frame that was written, on another thread.
 /// A reader of the output that goes away ends the stream without an error.
 ///
-/// Returns the last status, and the error that ended the stream: all frames before it are written.
+/// Returns the last status, and how the stream ended: all frames before an error are written.
+///
+/// # Errors
+/// [`Error::Io`] naming the input or the output, [`Error::Format`] for a frame that is cut short or not
+/// what the header promised, or what the device said.
 pub fn run<W: Write + Send>(
     source: Box<dyn Source>,
     segmenter: &mut Segmenter,

@@ -95,6 +95,9 @@ impl CpuBackend {
     }
 
     /// The same with a given instruction set, for tests that compare them.
+    ///
+    /// # Errors
+    /// As [`CpuBackend::new`].
     pub fn with_isa(threads: Option<usize>, isa: Isa) -> Result<Self> {
         Ok(CpuBackend { isa, ..Self::new(threads)? })
     }

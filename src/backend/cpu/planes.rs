@@ -2,16 +2,6 @@
 
 use super::simd::{Isa, Kernel, Simd};
 
-#[inline(always)]
-unsafe fn load<S: Simd>(p: *const f32, lanes: usize) -> S {
-    unsafe { S::load_up_to(p, lanes) }
-}
-
-#[inline(always)]
-unsafe fn store<S: Simd>(v: S, p: *mut f32, lanes: usize) {
-    unsafe { v.store_up_to(p, lanes) }
-}
-
 /// Work on the elements `at .. at + lanes`, independent of all others.
 trait Elementwise {
     unsafe fn step<S: Simd>(&self, at: usize, lanes: usize);
@@ -91,7 +81,7 @@ pub fn sum(isa: Isa, x: &[f32]) -> f64 {
     impl Reduction for Sum {
         #[inline(always)]
         unsafe fn terms<S: Simd>(&self, at: usize, lanes: usize) -> (S, S) {
-            unsafe { (load(self.0.add(at), lanes), S::zero()) }
+            unsafe { (S::load_up_to(self.0.add(at), lanes), S::zero()) }
         }
     }
     reduce(isa, x.len(), Sum(x.as_ptr())).0
@@ -104,7 +94,7 @@ pub fn sum_squared_diff(isa: Isa, x: &[f32], mean: f32) -> f64 {
         #[inline(always)]
         unsafe fn terms<S: Simd>(&self, at: usize, lanes: usize) -> (S, S) {
             unsafe {
-                let d: S = load::<S>(self.0.add(at), lanes).sub(S::splat(self.1));
+                let d: S = S::load_up_to(self.0.add(at), lanes).sub(S::splat(self.1));
                 let square = d.mul(d);
                 if lanes == S::LANES {
                     return (square, S::zero());
@@ -126,8 +116,8 @@ pub fn dot(isa: Isa, a: &[f32], b: &[f32]) -> f64 {
         #[inline(always)]
         unsafe fn terms<S: Simd>(&self, at: usize, lanes: usize) -> (S, S) {
             unsafe {
-                let a: S = load(self.0.add(at), lanes);
-                (a.mul(load(self.1.add(at), lanes)), S::zero())
+                let a: S = S::load_up_to(self.0.add(at), lanes);
+                (a.mul(S::load_up_to(self.1.add(at), lanes)), S::zero())
             }
         }
     }
@@ -160,8 +150,12 @@ impl GatedPtr {
     #[inline(always)]
     unsafe fn at<S: Simd>(self, at: usize, lanes: usize) -> S {
         unsafe {
-            let g: S = load(self.0.add(at), lanes);
-            if self.1.is_null() { g } else { g.where_positive(load(self.1.add(at), lanes)) }
+            let g: S = S::load_up_to(self.0.add(at), lanes);
+            if self.1.is_null() {
+                g
+            } else {
+                g.where_positive(S::load_up_to(self.1.add(at), lanes))
+            }
         }
     }
 }
@@ -174,7 +168,7 @@ pub fn norm_backward_sums(isa: Isa, g: Gated, x: &[f32], mean: f32) -> (f64, f64
         unsafe fn terms<S: Simd>(&self, at: usize, lanes: usize) -> (S, S) {
             unsafe {
                 let g: S = self.0.at(at, lanes);
-                let centred = load::<S>(self.1.add(at), lanes).sub(S::splat(self.2));
+                let centred = S::load_up_to(self.1.add(at), lanes).sub(S::splat(self.2));
                 (g, g.mul(centred))
             }
         }
@@ -212,13 +206,13 @@ pub fn norm_backward(
             unsafe {
                 let k = &self.2;
                 let g: S = self.0.at(at, lanes);
-                let centred = load::<S>(self.1.add(at), lanes).sub(S::splat(k.mean));
+                let centred = S::load_up_to(self.1.add(at), lanes).sub(S::splat(k.mean));
                 let inner = centred.mul_add(S::splat(-k.slope), g.sub(S::splat(k.mean_g)));
                 let mut y = inner.mul(S::splat(k.scale));
                 if self.4 {
-                    y = y.add(load(self.3.add(at), lanes));
+                    y = y.add(S::load_up_to(self.3.add(at), lanes));
                 }
-                store(y, self.3.add(at), lanes);
+                y.store_up_to(self.3.add(at), lanes);
             }
         }
     }
@@ -236,9 +230,9 @@ pub fn pass_gated(isa: Isa, g: Gated, out: &mut [f32], accumulate: bool) {
             unsafe {
                 let mut y: S = self.0.at(at, lanes);
                 if self.2 {
-                    y = y.add(load(self.1.add(at), lanes));
+                    y = y.add(S::load_up_to(self.1.add(at), lanes));
                 }
-                store(y, self.1.add(at), lanes);
+                y.store_up_to(self.1.add(at), lanes);
             }
         }
     }
@@ -260,15 +254,15 @@ pub fn affine(
         #[inline(always)]
         unsafe fn step<S: Simd>(&self, at: usize, lanes: usize) {
             unsafe {
-                let x: S = load(self.0.add(at), lanes);
+                let x: S = S::load_up_to(self.0.add(at), lanes);
                 let mut y = x.mul_add(S::splat(self.1), S::splat(self.2));
                 if !self.3.is_null() {
-                    y = y.add(load(self.3.add(at), lanes));
+                    y = y.add(S::load_up_to(self.3.add(at), lanes));
                 }
                 if self.4 {
                     y = S::zero().max(y);
                 }
-                store(y, self.5.add(at), lanes);
+                y.store_up_to(self.5.add(at), lanes);
             }
         }
     }
@@ -290,9 +284,9 @@ pub fn blend(isa: Isa, a: &[f32], b: &[f32], frac: f32, y: &mut [f32]) {
         #[inline(always)]
         unsafe fn step<S: Simd>(&self, at: usize, lanes: usize) {
             unsafe {
-                let a: S = load(self.0.add(at), lanes);
-                let difference = load::<S>(self.1.add(at), lanes).sub(a);
-                store(difference.mul_add(S::splat(self.2), a), self.3.add(at), lanes);
+                let a: S = S::load_up_to(self.0.add(at), lanes);
+                let difference = S::load_up_to(self.1.add(at), lanes).sub(a);
+                difference.mul_add(S::splat(self.2), a).store_up_to(self.3.add(at), lanes);
             }
         }
     }
@@ -308,7 +302,9 @@ pub fn multiply(isa: Isa, x: &[f32], y: &mut [f32]) {
         unsafe fn step<S: Simd>(&self, at: usize, lanes: usize) {
             unsafe {
                 let p = self.1.add(at);
-                store(load::<S>(self.0.add(at), lanes).mul(load(p, lanes)), p, lanes);
+                S::load_up_to(self.0.add(at), lanes)
+                    .mul(S::load_up_to(p, lanes))
+                    .store_up_to(p, lanes);
             }
         }
     }
@@ -324,8 +320,8 @@ pub fn add_scaled(isa: Isa, x: &[f32], scale: f32, y: &mut [f32]) {
         unsafe fn step<S: Simd>(&self, at: usize, lanes: usize) {
             unsafe {
                 let p = self.2.add(at);
-                let x: S = load(self.0.add(at), lanes);
-                store(x.mul_add(S::splat(self.1), load(p, lanes)), p, lanes);
+                let x: S = S::load_up_to(self.0.add(at), lanes);
+                x.mul_add(S::splat(self.1), S::load_up_to(p, lanes)).store_up_to(p, lanes);
             }
         }
     }

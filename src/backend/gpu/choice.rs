@@ -213,7 +213,10 @@ impl Cache {
         Ok(path)
     }
 
-    /// The measured choice of a key, else the model's for `card`.
+    /// The measured choice of a key, else the model's. A damaged file of the cache is a warning.
+    ///
+    /// # Errors
+    /// What the model says.
     pub fn choose(&self, key: &Key, model: impl FnOnce() -> Result<Choice>) -> Result<Chosen> {
         let warning = match self.load(key) {
             Ok(Some(entry)) => {

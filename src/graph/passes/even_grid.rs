@@ -110,10 +110,7 @@ fn part(
     };
     let x = new.node(name, Op::Conv1x1(op), vec![x]);
 
-    let mut copy = |id: ParamId| {
-        let spec = &old.specs[id.0];
-        new.params.push(spec.name.clone(), spec.shape.clone(), spec.role, old.get(id).to_vec())
-    };
+    let mut copy = |id: ParamId| new.params.copy(old, id);
     // Dilation d on every second pixel is d / 2 on what is left.
     let divisor = 2 / stride;
     let op = Cascade {

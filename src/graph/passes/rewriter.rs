@@ -34,7 +34,8 @@ impl NewParams {
         self.push(format!("{name}.bias"), vec![values.len()], ParamRole::Bias, values)
     }
 
-    fn copy(&mut self, old: &ParamStore, id: ParamId) -> ParamId {
+    /// A parameter as it was.
+    pub(super) fn copy(&mut self, old: &ParamStore, id: ParamId) -> ParamId {
         let spec = &old.specs[id.0];
         self.push(spec.name.clone(), spec.shape.clone(), spec.role, old.get(id).to_vec())
     }

@@ -29,7 +29,7 @@ use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
 use self::blas::Blas;
 use self::events::Events;
 use self::lanes::Lanes;
-use self::modules::Kernels;
+use self::modules::{Gpu, Kernels};
 use self::probe::unusable;
 use self::transfer::Staging;
 use super::cards::{self, Card};
@@ -96,17 +96,18 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Device`] naming what is missing or too old, and the remedy.
     pub fn open() -> Result<Self> {
-        let driver = probe::probe(modules::NVCC_VERSION)?;
+        let driver = probe::probe(Kernels::built())?;
         let context = CudaContext::new(0).map_err(no_gpu)?;
         let failed = |error| unusable(driver_words(error), "see nvidia-smi for the GPU's state");
-        let gpu = context.name().map_err(failed)?;
+        let name = context.name().map_err(failed)?;
         let (major, minor) = context.compute_capability().map_err(failed)?;
         let capability = (10 * major + minor) as u32;
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_limit = context.attribute(limit).map_err(failed)? as usize;
         let total = context.total_mem().map_err(failed)?;
 
-        let kernels = Kernels::load(&gpu, capability, shared_limit)?;
+        let gpu = Gpu { name, capability, driver };
+        let kernels = Kernels::load(&gpu, shared_limit)?;
         let stream = context.new_stream().map_err(failed)?;
         let staging = Staging::new().map_err(failed)?;
         let lanes = Lanes::new(&context).map_err(failed)?;
@@ -122,7 +123,8 @@ impl CudaDevice {
         })?;
         let archs: Vec<String> = kernels.archs.iter().map(|arch| format!("sm_{arch}")).collect();
         let description = format!(
-            "{gpu}, sm_{capability}, {:.1} GiB, driver for CUDA {}.{}, kernels for {}",
+            "{}, sm_{capability}, {:.1} GiB, driver for CUDA {}.{}, kernels for {}",
+            gpu.name,
             total as f64 / (1u64 << 30) as f64,
             driver.0,
             driver.1,
@@ -140,8 +142,8 @@ impl CudaDevice {
             stream,
             context,
             description,
-            identity: format!("{gpu}, sm_{capability}, {}", probe::driver_release(driver)),
-            card: cards::find(&gpu),
+            identity: format!("{}, sm_{capability}, {}", gpu.name, probe::driver_release(driver)),
+            card: cards::find(&gpu.name),
             capability,
             shared_limit,
             use_graphs: std::env::var_os("FPENET_CUDA_GRAPHS").is_none_or(|value| value != "0"),

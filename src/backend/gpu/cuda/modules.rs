@@ -9,7 +9,7 @@ use cudarc::driver::sys::{
     CUresult,
 };
 
-use super::probe::unusable;
+use super::probe::{check_driver, unusable};
 use super::{driver_words, kernel_error};
 use crate::error::{Error, Result};
 
@@ -19,12 +19,24 @@ pub(super) struct Module {
     name: &'static str,
     /// Compute capability times 10.
     arch: u32,
-    /// What nvcc wrote.
+    /// CUDA version of the compiler.
+    cuda: (u32, u32),
+    /// What it wrote.
     ptx: &'static str,
 }
 
-// NVCC_VERSION and MODULES, written by build.rs.
+// MODULES, written by build.rs; empty where there was no nvcc.
 include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
+
+/// The GPU that kernels are loaded for.
+#[derive(Debug)]
+pub(super) struct Gpu {
+    pub(super) name: String,
+    /// Compute capability times 10.
+    pub(super) capability: u32,
+    /// CUDA version that the driver supports.
+    pub(super) driver: (u32, u32),
+}
 
 /// A kernel, loaded.
 #[derive(Debug, Clone, Copy)]
@@ -43,13 +55,17 @@ pub(super) struct Kernels {
 }
 
 impl Kernels {
-    /// Loads the best PTX of every kernel file for a GPU of the given compute capability (times
-    /// 10), and lets kernels use up to `shared_limit` bytes of shared memory per block. The
-    /// context must be current.
-    pub(super) fn load(gpu: &str, capability: u32, shared_limit: usize) -> Result<Self> {
+    /// Whether the binary holds any.
+    pub(super) fn built() -> bool {
+        !MODULES.is_empty()
+    }
+
+    /// Loads the best PTX of every kernel file for a GPU, and lets kernels use up to `shared_limit`
+    /// bytes of shared memory per block. The context must be current.
+    pub(super) fn load(gpu: &Gpu, shared_limit: usize) -> Result<Self> {
         let mut kernels =
             Kernels { modules: Vec::new(), functions: HashMap::new(), archs: Vec::new() };
-        for module in select(MODULES, gpu, capability)? {
+        for module in select(MODULES, gpu)? {
             let handle = load_module(module)?;
             kernels.modules.push(handle);
             for (entry, body) in bodies(module.ptx) {
@@ -82,23 +98,28 @@ impl Drop for Kernels {
     }
 }
 
-/// The newest PTX of each file that the GPU can run.
-fn select<'a>(modules: &'a [Module], gpu: &str, capability: u32) -> Result<Vec<&'a Module>> {
-    let mut best: BTreeMap<&str, Option<&Module>> = BTreeMap::new();
+/// The newest PTX of each file that the GPU can run and the driver can read.
+fn select<'a>(modules: &'a [Module], gpu: &Gpu) -> Result<Vec<&'a Module>> {
+    let mut files: BTreeMap<&str, Vec<&Module>> = BTreeMap::new();
     for module in modules {
-        let slot = best.entry(module.name).or_default();
-        if module.arch <= capability && slot.is_none_or(|other| other.arch < module.arch) {
-            *slot = Some(module);
-        }
+        files.entry(module.name).or_default().push(module);
     }
-    let chosen: Option<Vec<&Module>> = best.into_values().collect();
-    chosen.ok_or_else(|| {
-        let oldest = modules.iter().map(|module| module.arch).min().unwrap_or_default();
-        unusable(
-            format!("{gpu} is sm_{capability}, the kernels in this binary need sm_{oldest}"),
-            "run tools/install-nvcc.sh --sm70 and build again (nvcc 13 does not target sm_70)",
-        )
-    })
+    let newest = |mut file: Vec<&'a Module>| {
+        file.retain(|module| module.arch <= gpu.capability);
+        if let Some(oldest) = file.iter().map(|module| module.cuda).min() {
+            check_driver(gpu.driver, oldest)?;
+        }
+        file.retain(|module| module.cuda <= gpu.driver);
+        file.into_iter().max_by_key(|module| module.arch).ok_or_else(|| {
+            let oldest = modules.iter().map(|module| module.arch).min().unwrap_or_default();
+            let Gpu { name, capability, .. } = gpu;
+            unusable(
+                format!("{name} is sm_{capability}, the kernels in this binary need sm_{oldest}"),
+                "run tools/install-nvcc.sh --sm70 and build again (nvcc 13 does not target sm_70)",
+            )
+        })
+    };
+    files.into_values().map(newest).collect()
 }
 
 /// The kernels in a PTX file: name and what follows it, up to the next kernel.
@@ -172,19 +193,38 @@ mod tests {
         assert_eq!(found, ["scale_f32", "fill"]);
     }
 
+    fn module(name: &'static str, arch: u32, cuda: (u32, u32)) -> Module {
+        Module { name, arch, cuda, ptx: PTX }
+    }
+
+    fn gpu(capability: u32, driver: (u32, u32)) -> Gpu {
+        Gpu { name: "NVIDIA TITAN V".into(), capability, driver }
+    }
+
     #[test]
     fn every_file_is_taken_in_the_newest_form_that_the_gpu_runs() {
-        let module = |name, arch| Module { name, arch, ptx: PTX };
-        let all = [module("a", 75), module("a", 90), module("b", 75)];
+        let all = [(75, "a"), (90, "a"), (75, "b")].map(|(arch, name)| module(name, arch, (13, 0)));
         let archs = |capability| {
-            let chosen = select(&all, "GPU", capability).unwrap();
+            let chosen = select(&all, &gpu(capability, (13, 1))).unwrap();
             chosen.iter().map(|module| (module.name, module.arch)).collect::<Vec<_>>()
         };
         assert_eq!(archs(75), [("a", 75), ("b", 75)]);
         assert_eq!(archs(89), [("a", 75), ("b", 75)]);
         assert_eq!(archs(120), [("a", 90), ("b", 75)]);
-        let text = select(&all, "NVIDIA TITAN V", 70).err().unwrap().to_string();
+        let text = select(&all, &gpu(70, (13, 0))).err().unwrap().to_string();
         assert!(text.contains("NVIDIA TITAN V is sm_70") && text.contains("need sm_75"), "{text}");
+    }
+
+    #[test]
+    fn a_driver_has_to_read_only_what_the_gpu_runs() {
+        let all = [module("a", 70, (12, 9)), module("a", 75, (13, 0)), module("a", 90, (13, 0))];
+        let arch = |capability, driver| select(&all, &gpu(capability, driver)).map(|m| m[0].arch);
+        assert_eq!(arch(70, (12, 9)).unwrap(), 70);
+        // An older form of the kernels is better than none.
+        assert_eq!(arch(90, (12, 9)).unwrap(), 70);
+        assert_eq!(arch(90, (13, 0)).unwrap(), 90);
+        let text = arch(70, (12, 4)).unwrap_err().to_string();
+        assert!(text.contains("supports CUDA 12.4") && text.contains("PTX of CUDA 12.9"), "{text}");
     }
 
     #[test]
@@ -197,7 +237,6 @@ mod tests {
                 assert!(seen.insert((entry, module.arch)), "{entry} is defined twice");
             }
         }
-        assert_eq!(MODULES.is_empty(), NVCC_VERSION.is_none());
     }
 
     #[test]

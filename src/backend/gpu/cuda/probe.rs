@@ -19,23 +19,23 @@ struct Parts {
     cublas: bool,
 }
 
-/// Checks that the binary holds kernels, that driver and cuBLAS are there, and that the driver is
-/// new enough for the kernels. Returns the CUDA version that the driver supports.
+/// Checks that the binary holds `kernels`, that driver and cuBLAS are there, and that the driver is
+/// new enough for the calls made here. Returns the CUDA version that the driver supports.
 ///
 /// # Errors
 /// [`Error::Device`] with everything that is missing and how to get it.
-pub(super) fn probe(nvcc: Option<(u32, u32)>) -> Result<(u32, u32)> {
+pub(super) fn probe(kernels: bool) -> Result<(u32, u32)> {
     // Both only try to open a library by its usual names.
     let (driver, cublas) =
         unsafe { (sys::is_culib_present(), cudarc::cublas::sys::is_culib_present()) };
-    missing(Parts { kernels: nvcc.is_some(), driver, cublas })?;
+    missing(Parts { kernels, driver, cublas })?;
     let mut version = 0;
     // Needs no initialisation and is in every driver.
     unsafe { sys::cuDriverGetVersion(&mut version) }
         .result()
         .map_err(|error| unusable(super::driver_words(error), "reinstall the NVIDIA driver"))?;
     let version = split(version);
-    check_versions(version, nvcc.unwrap_or(OLDEST_DRIVER))?;
+    check_driver(version, OLDEST_DRIVER)?;
     Ok(version)
 }
 
@@ -70,9 +70,12 @@ fn missing(parts: Parts) -> Result<()> {
     ))
 }
 
-/// A driver loads PTX of its own CUDA version and older.
-fn check_versions(driver: (u32, u32), nvcc: (u32, u32)) -> Result<()> {
-    let needed = nvcc.max(OLDEST_DRIVER);
+/// Checks a driver against the CUDA version of the compiler that made PTX: it loads its own and older.
+///
+/// # Errors
+/// [`Error::Device`] with both versions and the remedy.
+pub(super) fn check_driver(driver: (u32, u32), ptx: (u32, u32)) -> Result<()> {
+    let needed = ptx.max(OLDEST_DRIVER);
     if driver >= needed {
         return Ok(());
     }
@@ -87,7 +90,7 @@ fn check_versions(driver: (u32, u32), nvcc: (u32, u32)) -> Result<()> {
             "the driver is too old: it supports CUDA {}, the kernels in this binary are PTX of \
              CUDA {}",
             show(driver),
-            show(nvcc)
+            show(ptx)
         ),
         remedy,
     ))
@@ -142,14 +145,14 @@ mod tests {
 
     #[test]
     fn an_old_driver_is_told_both_versions_and_a_remedy() {
-        assert!(check_versions((13, 0), (13, 0)).is_ok());
-        assert!(check_versions((13, 1), (12, 9)).is_ok());
-        let text = check_versions((12, 4), (13, 0)).unwrap_err().to_string();
+        assert!(check_driver((13, 0), (13, 0)).is_ok());
+        assert!(check_driver((13, 1), (12, 9)).is_ok());
+        let text = check_driver((12, 4), (13, 0)).unwrap_err().to_string();
         assert!(text.contains("CUDA 12.4, the kernels in this binary are PTX of CUDA 13.0"));
         assert!(text.contains("update the NVIDIA driver to one for CUDA 13.0"), "{text}");
         assert!(text.contains("nvcc of CUDA 12.4"), "{text}");
         // Older than the interface: another nvcc would not help.
-        let text = check_versions((11, 2), (11, 0)).unwrap_err().to_string();
+        let text = check_driver((11, 2), OLDEST_DRIVER).unwrap_err().to_string();
         assert!(text.contains("CUDA 12.0 or newer") && !text.contains("variable NVCC"), "{text}");
     }
 
