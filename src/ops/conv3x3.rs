@@ -88,13 +88,11 @@ impl TileSource for Neighbourhoods<'_> {
     }
 }
 
-/// The taps of a row under stride 2, whole vectors only: even columns in the middle, the odd ones
-/// before and behind them.
+/// The taps of a row under stride 2, whole vectors only: every second column from the first, from the
+/// one behind it, and from the one behind that.
 struct StridedTaps<'a> {
-    /// From the column of the first middle tap.
-    row: *const f32,
-    /// Columns from there on.
-    columns: usize,
+    /// From the column of the first left tap.
+    row: &'a [f32],
     taps: [&'a mut [f32]; 3],
     /// Outputs done.
     done: &'a mut usize,
@@ -105,11 +103,11 @@ impl Kernel for StridedTaps<'_> {
     unsafe fn run<S: Simd>(self) {
         let [left, middle, right] = self.taps;
         let mut at = 0;
-        while at + S::LANES <= middle.len() && 2 * (at + S::LANES) <= self.columns {
+        while at + S::LANES <= middle.len() && 2 * (at + S::LANES) < self.row.len() {
             unsafe {
-                let p = self.row.add(2 * at);
-                let (even, odd) = S::load(p).deinterleave(S::load(p.add(S::LANES)));
-                let (before, _) = S::load(p.sub(1)).deinterleave(S::load(p.add(S::LANES - 1)));
+                let p = self.row.as_ptr().add(2 * at);
+                let (before, _) = S::load(p).deinterleave(S::load(p.add(S::LANES)));
+                let (even, odd) = S::load(p.add(1)).deinterleave(S::load(p.add(S::LANES + 1)));
                 before.store(left.as_mut_ptr().add(at));
                 even.store(middle.as_mut_ptr().add(at));
                 odd.store(right.as_mut_ptr().add(at));
@@ -121,30 +119,28 @@ impl Kernel for StridedTaps<'_> {
 }
 
 impl Neighbourhoods<'_> {
-    /// The three taps of outputs ox, ox + 1, ... in input row y.
-    fn gather_three(&self, isa: Isa, plane: &[f32], y: usize, ox: usize, taps: [&mut [f32]; 3]) {
+    /// The three taps of outputs ox, ox + 1, ... (one at least) in input row y.
+    fn gather_three(
+        &self,
+        isa: Isa,
+        plane: &[f32],
+        y: usize,
+        ox: usize,
+        mut taps: [&mut [f32]; 3],
+    ) {
         let (h, w) = (self.x.shape().h, self.x.shape().w);
-        let mut taps = taps;
-        let mut done = 0;
+        // The first output of a row has no column to its left.
+        let alone = usize::from(ox == 0);
+        let mut vectors = 0;
         if self.stride == 2 && y < h {
-            // The very first output has no column to its left.
-            let skip = usize::from(ox == 0).min(taps[0].len());
-            let mut vectors = 0;
-            let first = 2 * (ox + skip);
-            if skip == 0 || first < w {
-                let row = unsafe { plane.as_ptr().add(y * w + first) };
-                let columns = w.saturating_sub(first);
-                let taps = taps.each_mut().map(|tap| &mut tap[skip..]);
-                unsafe { isa.run(StridedTaps { row, columns, taps, done: &mut vectors }) }
-            }
-            if vectors > 0 {
-                for (dx, tap) in taps.iter_mut().enumerate() {
-                    self.gather(plane, y, ox, dx, &mut tap[..skip]);
-                }
-                done = skip + vectors;
-            }
+            let left = 2 * (ox + alone) - 1;
+            let row = plane[y * w..][..w].get(left..).unwrap_or_default();
+            let taps = taps.each_mut().map(|tap| &mut tap[alone..]);
+            unsafe { isa.run(StridedTaps { row, taps, done: &mut vectors }) }
         }
-        for (dx, tap) in taps.iter_mut().enumerate().filter(|(_, tap)| done < tap.len()) {
+        let done = alone + vectors;
+        for (dx, tap) in taps.into_iter().enumerate() {
+            self.gather(plane, y, ox, dx, &mut tap[..alone]);
             self.gather(plane, y, ox + done, dx, &mut tap[done..]);
         }
     }

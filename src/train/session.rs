@@ -44,13 +44,17 @@ pub struct Outcome {
 pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
     let begun = Instant::now();
     let paths = Paths::new(&request.out);
-    let checkpoint = paths.existing_checkpoint(request)?;
-    let (data, val, start) = match checkpoint {
-        Some(checkpoint) => resume(request, checkpoint)?,
-        None => begin(request)?,
-    };
-    create_folder(&request.out)?;
-    let _lock = paths.lock()?;
+    let (data, val, start, _lock);
+    if paths.holds_run(request)? {
+        // Before anything is read: another process may be writing it.
+        _lock = paths.lock()?;
+        (data, val, start) = resume(request, Checkpoint::load(&paths.checkpoint)?)?;
+    } else {
+        // After everything that may be wrong with the request: a folder is made only for a run.
+        (data, val, start) = begin(request)?;
+        create_folder(&request.out)?;
+        _lock = paths.lock()?;
+    }
     paths.tidy();
 
     let Checkpoint { state, params, moment1, moment2 } = start;

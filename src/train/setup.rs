@@ -34,16 +34,14 @@ impl Paths {
         }
     }
 
-    /// The checkpoint to resume from; none where a new run is asked for.
+    /// Whether there is a run to resume, as the request expects it.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a run where none is expected, or none where one is; an unreadable or
-    /// damaged checkpoint.
-    pub fn existing_checkpoint(&self, request: &Request) -> Result<Option<Checkpoint>> {
+    /// [`Error::Usage`] for a run where none is expected, or none where one is.
+    pub fn holds_run(&self, request: &Request) -> Result<bool> {
         let exists = self.checkpoint.exists();
         match (request.resume, exists) {
-            (true, true) => Checkpoint::load(&self.checkpoint).map(Some),
-            (false, false) => Ok(None),
+            (true, true) | (false, false) => Ok(exists),
             (false, true) => Err(Error::Usage(format!(
                 "{}: holds a run already; continue it with --resume, or choose another --out",
                 self.folder.display()
