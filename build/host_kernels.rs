@@ -53,9 +53,12 @@ fn compile(out: &Path) -> Result<(), String> {
         let _ = writeln!(unit, "const fpenet_host::KernelEntry table_{stem}[] = {{");
         for name in entry_points(&text) {
             let kernel = format!("fpenet_host::Kernel<{name}>");
-            let _ = writeln!(unit, "{{\"{name}\", {kernel}::signature, {kernel}::invoke}},");
+            let _ = writeln!(
+                unit,
+                "{{\"{name}\", {kernel}::signature, {kernel}::sizes, {kernel}::invoke}},"
+            );
         }
-        unit.push_str("{nullptr, nullptr, nullptr}};\n");
+        unit.push_str("{nullptr, nullptr, nullptr, nullptr}};\n");
         let path = out.join(format!("host_{stem}.cpp"));
         fs::write(&path, unit).map_err(|e| format!("{}: {e}", path.display()))?;
         build.file(path);

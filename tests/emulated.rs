@@ -3,6 +3,8 @@
 //! networks against PyTorch; and the emulation itself, which must find the mistakes it is there for.
 #![cfg(emulated_kernels)]
 
+#[path = "emulated/grid.rs"]
+mod grid;
 #[path = "emulated/harness.rs"]
 mod harness;
 #[path = "emulated/images.rs"]
@@ -20,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 use fpenet::backend::cpu::CpuBackend;
 use fpenet::backend::gpu::emulated::{Emulated, Order};
-use fpenet::backend::gpu::{Arg, GpuDevice, Launch, Variants};
+use fpenet::backend::gpu::{Arg, Buffer, GpuDevice, Launch, Variants};
 use fpenet::backend::{Backend, Precision};
 use fpenet::graph::{Mode, ParamRole, Plan, Shape, Tensor};
 use fpenet::ops::{
@@ -388,26 +390,26 @@ fn a_training_step_does_not_depend_on_the_order_of_threads() {
 /// A device with one block of 64 threads to run, and what kernels get there.
 struct Bench {
     device: Emulated,
-    x: Arg,
-    y: Arg,
-    result: fpenet::backend::gpu::Buffer,
+    x: Buffer,
+    y: Buffer,
 }
 
 impl Bench {
     fn new(order: Order) -> Bench {
         let mut device = Emulated::new(order, SHARED);
         let x = device.alloc(4 * 64, "x").unwrap();
-        let result = device.alloc(4 * 64, "y").unwrap();
+        let y = device.alloc(4 * 64, "y").unwrap();
         let values: Vec<u8> = (0..64).flat_map(|i| (i as f32).to_ne_bytes()).collect();
         device.upload(x.into(), &values).unwrap();
-        Bench { device, x: x.into(), y: result.into(), result }
+        Bench { device, x, y }
     }
 
     fn launch(&mut self, kernel: &'static str, args: Vec<Arg>) -> fpenet::Result<Vec<f32>> {
         let (grid, block, shared_bytes) = ([1, 1, 1], [64, 1, 1], 4 * 64);
-        self.device.launch(&Launch { kernel, grid, block, shared_bytes, args })?;
+        let cooperative = false;
+        self.device.launch(&Launch { kernel, grid, block, shared_bytes, args, cooperative })?;
         let mut bytes = [0; 4 * 64];
-        self.device.download(self.result.into(), &mut bytes)?;
+        self.device.download(self.y.into(), &mut bytes)?;
         let value = |b: &[u8]| f32::from_ne_bytes(b.try_into().unwrap());
         Ok(bytes.chunks(4).map(value).collect())
     }
@@ -420,7 +422,7 @@ fn barriers_order_what_threads_see() {
     let reversed: Vec<f32> = (0..64).rev().map(|i| i as f32).collect();
     for order in ORDERS {
         let mut bench = Bench::new(order);
-        let args = vec![bench.x, bench.y, Arg::I32(1)];
+        let args = vec![bench.x.into(), bench.y.into(), Arg::I32(1)];
         assert_eq!(bench.launch("faulty_reverse", args).unwrap(), reversed);
     }
 }
@@ -429,7 +431,7 @@ fn barriers_order_what_threads_see() {
 fn a_missing_barrier_shows_as_poison_or_as_another_result() {
     for order in ORDERS {
         let mut bench = Bench::new(order);
-        let args = vec![bench.x, bench.y, Arg::I32(0)];
+        let args = vec![bench.x.into(), bench.y.into(), Arg::I32(0)];
         let found = bench.launch("faulty_reverse", args).unwrap();
         assert!(found.iter().any(|v| v.is_nan()), "{order:?}: {found:?}");
     }
@@ -438,11 +440,11 @@ fn a_missing_barrier_shows_as_poison_or_as_another_result() {
 #[test]
 fn a_barrier_that_some_threads_pass_by_is_an_error() {
     let mut bench = Bench::new(Order::Forward);
-    let args = vec![bench.y];
+    let args = vec![bench.y.into()];
     let message = bench.launch("faulty_barrier", args).unwrap_err().to_string();
     assert!(message.contains("faulty_barrier: barrier not reached by all"), "{message}");
     // The device is usable afterwards.
-    let args = vec![bench.x, bench.y, Arg::I32(1)];
+    let args = vec![bench.x.into(), bench.y.into(), Arg::I32(1)];
     assert_eq!(bench.launch("faulty_reverse", args).unwrap()[0], 63.0);
 }
 
@@ -450,7 +452,7 @@ fn a_barrier_that_some_threads_pass_by_is_an_error() {
 fn writes_out_of_bounds_are_errors() {
     for (in_shared, expected) in [(0, "wrote outside of y"), (1, "wrote past its 256 bytes")] {
         let mut bench = Bench::new(Order::Forward);
-        let args = vec![bench.y, Arg::I32(64), Arg::I32(in_shared)];
+        let args = vec![bench.y.into(), Arg::I32(64), Arg::I32(in_shared)];
         let message = bench.launch("faulty_bounds", args).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
     }
@@ -461,7 +463,7 @@ fn lanes_exchange_values() {
     for order in ORDERS {
         let mut bench = Bench::new(order);
         let sum = bench.device.alloc(4, "sum").unwrap();
-        let args = vec![bench.x, sum.into(), bench.y];
+        let args = vec![bench.x.into(), sum.into(), bench.y.into()];
         let next = bench.launch("warp_exchange", args).unwrap();
         for (i, v) in next.iter().enumerate() {
             assert_eq!(*v, (i / 32 * 32 + (i + 1) % 32) as f32, "{order:?}");
@@ -475,7 +477,7 @@ fn lanes_exchange_values() {
 #[test]
 fn arguments_that_do_not_fit_a_kernel_are_errors() {
     let mut bench = Bench::new(Order::Forward);
-    let args = vec![bench.x, Arg::I32(1), bench.y];
+    let args = vec![bench.x.into(), Arg::I32(1), bench.y.into()];
     let message = bench.launch("faulty_reverse", args).unwrap_err().to_string();
     assert!(message.contains("arguments pip for parameters ppi"), "{message}");
     let message = bench.launch("no_such_kernel", Vec::new()).unwrap_err().to_string();

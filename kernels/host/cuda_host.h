@@ -14,7 +14,9 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-// Static shared memory: one block runs at a time on an OS thread.
+#define __grid_constant__
+// Static shared memory: one block runs at a time on an OS thread. Not for cooperative kernels, whose
+// blocks would share it.
 #define __shared__ static thread_local
 #define DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(fpenet_host::dynamic_shared())
 
@@ -37,6 +39,8 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, int line);
 // The whole warp meets; `all` gets every lane's value. True for the one lane that goes on first:
 // what it does then, the others find done.
 bool gather(uint64_t value, uint64_t (&all)[32], int line);
+// Lets other blocks run: the caller has looked for what one of them writes, in vain.
+void wait_for_others(int line);
 // Ends the launch with an error.
 void fail(const char* problem, int line);
 // Lane of the calling thread.
@@ -62,7 +66,8 @@ T shuffle_down(unsigned mask, T value, unsigned delta, int line) {
 // How the launcher sees a kernel.
 struct KernelEntry {
     const char* name;
-    const char* signature;  // p pointer, i int, f float, per parameter
+    const char* signature;  // p pointer, i int, f float, s struct, per parameter
+    const size_t* sizes;    // of the parameters
     void (*invoke)(void* const* args);
 };
 
@@ -71,6 +76,7 @@ constexpr char code() {
     if (std::is_pointer_v<P>) return 'p';
     if (std::is_same_v<P, int>) return 'i';
     if (std::is_same_v<P, float>) return 'f';
+    if (std::is_class_v<P>) return 's';
     return '?';
 }
 
@@ -80,6 +86,7 @@ struct Kernel;
 template <typename... P, void (*F)(P...)>
 struct Kernel<F> {
     static constexpr char signature[] = {code<std::remove_cv_t<P>>()..., 0};
+    static constexpr size_t sizes[] = {sizeof(P)..., 0};
 
     template <size_t... I>
     static void call(void* const* args, std::index_sequence<I...>) {
@@ -111,6 +118,11 @@ T __ldcg(const T* p) {
 
 // All threads of a launch take turns on one OS thread: memory is one, and nothing comes between.
 inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+    const unsigned before = *at;
+    *at = before + value;
+    return before;
+}
 // Adds one, or starts again at zero behind `last`; the value before.
 inline unsigned atomicInc(unsigned* at, unsigned last) {
     const unsigned before = *at;

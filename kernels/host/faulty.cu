@@ -1,6 +1,7 @@
 // Kernels with one mistake each, for the tests of the emulation: it has to find them.
 // Built for the host only.
 #include "common.cuh"
+#include "grid.cuh"
 #include "host/wmma.h"
 
 // Reverses a block's values through shared memory; right with `barrier`, a race without.
@@ -25,6 +26,39 @@ extern "C" __global__ void faulty_bounds(float* y, int len, int in_shared) {
     } else if (threadIdx.x == 0) {
         y[len] = 1.0f;
     }
+}
+
+// Every block takes the value that its neighbour wrote and adds it to its own, `rounds` times. `fault`
+// 1: no barrier between writing and reading; 2: the last block stays away from the last barrier.
+extern "C" __global__ void faulty_neighbours(float* x, float* y, unsigned* barrier, int rounds,
+                                             int fault) {
+    DYNAMIC_SHARED(float, sum);
+    const int neighbour = static_cast<int>((blockIdx.x + 1) % gridDim.x);
+    sum[threadIdx.x] = static_cast<float>(blockIdx.x);
+    for (int round = 0; round < rounds; ++round) {
+        float* written = x + round % 2 * gridDim.x;
+        __syncthreads();
+        if (threadIdx.x == 0) written[blockIdx.x] = sum[0];
+        if (fault == 2 && round + 1 == rounds && blockIdx.x + 1 == gridDim.x) return;
+        if (fault != 1) grid_barrier(barrier);
+        sum[threadIdx.x] += written[neighbour];
+    }
+    y[blockIdx.x * blockDim.x + threadIdx.x] = sum[threadIdx.x];
+}
+
+// What a struct holds, as a parameter.
+struct Members {
+    const float* from;
+    int index;
+    float factor;
+    struct {
+        int a, b;
+    } inner[2];
+    float* to;
+};
+extern "C" __global__ void struct_parameter(int before, const __grid_constant__ Members members) {
+    members.to[threadIdx.x] = members.factor * members.from[members.index] + before +
+                              10 * members.inner[0].b + 100 * members.inner[1].a;
 }
 
 // Sums a block's values, then lets every lane take the value of the next one.

@@ -1,6 +1,9 @@
 // Runs a kernel's blocks one after another, the threads of a block as fibers. Between barriers
 // the threads (and the blocks) run in a chosen order: what depends on it is a missing barrier or
 // a race between blocks. Barriers are checked: all threads must come to the same one.
+//
+// The blocks of a cooperative launch are all there from the start: a block runs until it waits for
+// another one, then the next block does. Where nobody gets on any more, that is an error.
 #include "cuda_host.h"
 
 #include <sys/mman.h>
@@ -44,7 +47,10 @@ constexpr size_t CANARY = 256;
 constexpr unsigned char POISON = 0xff;  // NaN as float and as half
 constexpr unsigned char CANARY_BYTE = 0xa5;
 
-enum State : uint8_t { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, DONE };
+enum State : uint8_t { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, WAITING, DONE };
+
+// How far a block has come.
+enum Outcome : uint8_t { FINISHED, STUCK, FAILED };
 
 struct Fiber {
     void* stack = nullptr;
@@ -79,6 +85,15 @@ void arrange(std::vector<unsigned>& order, size_t count, int how, Random& random
     for (size_t i = count; i > 1; --i) std::swap(order[i - 1], order[random.next() % i]);
 }
 
+// A block of the launch: its fibers, and its shared memory between canaries.
+struct Block {
+    HostIndex index;
+    size_t first;
+    size_t running;
+    std::vector<unsigned char> memory;
+    unsigned char* shared;
+};
+
 // The fibers of one OS thread.
 struct Machine {
     std::vector<Fiber> fibers;
@@ -87,8 +102,9 @@ struct Machine {
     const KernelEntry* kernel = nullptr;
     void* const* args = nullptr;
     const char* problem = nullptr;
-    std::vector<unsigned char> shared;
     unsigned char* dynamic = nullptr;
+    // Whether any thread did more than look again for what it waits for.
+    bool progress = false;
 
     ~Machine() {
         for (Fiber& fiber : fibers) munmap(fiber.stack, STACK);
@@ -96,8 +112,9 @@ struct Machine {
 
     bool reserve(size_t count);
     void rewind(Fiber& fiber);
-    bool run_block(size_t threads, int order, Random& random, char* message, size_t len);
-    bool release(size_t threads, char* message, size_t len);
+    void start(Block& block, size_t threads, size_t shared_bytes);
+    Outcome run(Block& block, size_t threads, int order, Random& random, char* message, size_t len);
+    Outcome release(const Block& block, size_t threads, char* message, size_t len);
 };
 
 thread_local Machine machine;
@@ -135,8 +152,10 @@ void Machine::rewind(Fiber& fiber) {
     fiber.state = DONE;
 }
 
-// Opens the barriers at which everybody has arrived. False, with a message, if nobody can go on.
-bool Machine::release(size_t threads, char* message, size_t len) {
+// Opens the barriers at which everybody has arrived. STUCK if a thread waits for another block, FAILED,
+// with a message, if nobody can go on.
+Outcome Machine::release(const Block& block, size_t threads, char* message, size_t len) {
+    Fiber* const fibers = this->fibers.data() + block.first;
     bool released = false;
     for (size_t base = 0; base < threads; base += 32) {
         const size_t lanes = threads - base < 32 ? threads - base : 32;
@@ -157,43 +176,62 @@ bool Machine::release(size_t threads, char* message, size_t len) {
             released = true;
         }
     }
-    if (released) return true;
+    if (released) return FINISHED;
+    for (size_t i = 0; i < threads; ++i) {
+        if (fibers[i].state == WAITING) return STUCK;
+    }
     const int line = fibers[0].line;
     for (size_t i = 0; i < threads; ++i) {
         const Fiber& fiber = fibers[i];
         if (fiber.state == AT_BLOCK_BARRIER && fiber.line == line) continue;
-        const char* states[] = {"running", "at a block barrier", "at a warp barrier", "finished"};
+        const char* states[] = {"running", "at a block barrier", "at a warp barrier", "waiting",
+                                "finished"};
         snprintf(message, len,
                  "barrier not reached by all: thread 0 is %s (line %d), thread %zu is %s (line %d) "
                  "in block %u, %u, %u",
                  states[fibers[0].state], line, i, states[fiber.state], fiber.line, blockIdx.x,
                  blockIdx.y, blockIdx.z);
-        return false;
+        return FAILED;
     }
     for (size_t i = 0; i < threads; ++i) fibers[i].state = READY;
-    return true;
+    return FINISHED;
 }
 
-bool Machine::run_block(size_t threads, int how, Random& random, char* message, size_t len) {
-    static thread_local std::vector<unsigned> order;
-    size_t i = 0;
+// Puts a block's threads at the kernel's beginning, with fresh shared memory.
+void Machine::start(Block& block, size_t threads, size_t shared_bytes) {
+    block.running = threads;
+    block.memory.assign(shared_bytes + 2 * CANARY, CANARY_BYTE);
+    block.shared = block.memory.data() + CANARY;
+    block.shared += -reinterpret_cast<uintptr_t>(block.shared) & 127;
+    std::memset(block.shared, POISON, shared_bytes);
+    Fiber* fiber = fibers.data() + block.first;
     for (unsigned z = 0; z < blockDim.z; ++z) {
         for (unsigned y = 0; y < blockDim.y; ++y) {
-            for (unsigned x = 0; x < blockDim.x; ++x, ++i) {
-                fibers[i].index = {x, y, z};
-                fibers[i].state = READY;
-                fibers[i].line = 0;
-                fibers[i].exchanges = 0;
-                fibers[i].gathered = 0;
+            for (unsigned x = 0; x < blockDim.x; ++x, ++fiber) {
+                fiber->index = {x, y, z};
+                fiber->state = READY;
+                fiber->line = 0;
+                fiber->exchanges = 0;
+                fiber->gathered = 0;
             }
         }
     }
-    size_t running = threads;
+}
+
+// Runs a block to its end, or until it waits for another one.
+Outcome Machine::run(Block& block, size_t threads, int how, Random& random, char* message,
+                     size_t len) {
+    static thread_local std::vector<unsigned> order;
+    Fiber* const own = fibers.data() + block.first;
+    blockIdx = block.index;
+    dynamic = block.shared;
+    bool again = true;  // threads that wait look again, once
     for (;;) {
         arrange(order, threads, how, random);
         for (unsigned thread : order) {
-            Fiber& fiber = fibers[thread];
-            if (fiber.state != READY) continue;
+            Fiber& fiber = own[thread];
+            const bool waited = fiber.state == WAITING;
+            if (fiber.state != READY && !(waited && again)) continue;
             current = &fiber;
             threadIdx = fiber.index;
             fpenet_fiber_switch(&scheduler, fiber.pointer);
@@ -201,17 +239,15 @@ bool Machine::run_block(size_t threads, int how, Random& random, char* message, 
                 snprintf(message, len, "%s (line %d, thread %u, block %u, %u, %u)", problem,
                          fiber.line, thread, blockIdx.x, blockIdx.y, blockIdx.z);
                 problem = nullptr;
-                for (Fiber& stopped : fibers) rewind(stopped);
-                return false;
+                return FAILED;
             }
-            if (fiber.state == DONE) --running;
+            if (!(waited && fiber.state == WAITING)) progress = true;
+            if (fiber.state == DONE) --block.running;
         }
-        if (running == 0) return true;
-        if (!release(threads, message, len)) {
-            // Their stacks hold half a kernel each.
-            for (Fiber& fiber : fibers) rewind(fiber);
-            return false;
-        }
+        again = false;
+        if (block.running == 0) return FINISHED;
+        const Outcome outcome = release(block, threads, message, len);
+        if (outcome != FINISHED) return outcome;
     }
 }
 
@@ -253,6 +289,12 @@ bool gather(uint64_t value, uint64_t (&all)[32], int line) {
     return std::exchange(warp->gathered, me->exchanges) != me->exchanges;
 }
 
+void wait_for_others(int line) {
+    machine.current->state = WAITING;
+    machine.current->line = line;
+    yield();
+}
+
 void fail(const char* problem, int line) {
     machine.problem = problem;
     machine.current->line = line;
@@ -263,38 +305,75 @@ void fail(const char* problem, int line) {
 
 using namespace fpenet_host;
 
-// Runs every block of a launch. Order 0 forward, 1 reverse, 2 shuffled by `seed`.
-// Returns 0, or 1 with a message.
+// Runs every block of a launch, one after another or, in a cooperative launch, side by side. Order 0
+// forward, 1 reverse, 2 shuffled by `seed`. Returns 0, or 1 with a message.
 extern "C" int fpenet_host_launch(const KernelEntry* kernel, const unsigned* grid,
-                                  const unsigned* block, size_t shared_bytes, void* const* args,
-                                  int order, uint64_t seed, char* message, size_t len) {
+                                  const unsigned* block, size_t shared_bytes, int cooperative,
+                                  void* const* args, int order, uint64_t seed, char* message,
+                                  size_t len) {
     const size_t threads = static_cast<size_t>(block[0]) * block[1] * block[2];
+    const size_t count = static_cast<size_t>(grid[0]) * grid[1] * grid[2];
+    const size_t together = cooperative ? count : 1;
     Machine& m = machine;
-    if (!m.reserve(threads)) {
-        snprintf(message, len, "no memory for the stacks of %zu threads", threads);
+    if (!m.reserve(threads * together)) {
+        snprintf(message, len, "no memory for the stacks of %zu threads", threads * together);
         return 1;
     }
     m.kernel = kernel;
     m.args = args;
-    m.shared.assign(shared_bytes + 2 * CANARY, CANARY_BYTE);
-    unsigned char* start = m.shared.data() + CANARY;
-    start += -reinterpret_cast<uintptr_t>(start) & 127;
-    m.dynamic = start;
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {block[0], block[1], block[2]};
     Random random{seed};
-    std::vector<unsigned> blocks;
-    arrange(blocks, static_cast<size_t>(grid[0]) * grid[1] * grid[2], order, random);
-    for (unsigned index : blocks) {
-        blockIdx = {index % grid[0], index / grid[0] % grid[1], index / grid[0] / grid[1]};
-        std::memset(start, POISON, shared_bytes);
-        if (!m.run_block(threads, order, random, message, len)) return 1;
-        const unsigned char* end = m.shared.data() + m.shared.size();
-        for (const unsigned char* p = start + shared_bytes; p < end; ++p) {
-            if (*p == CANARY_BYTE) continue;
-            snprintf(message, len, "wrote past its %zu bytes of shared memory (block %u, %u, %u)",
-                     shared_bytes, blockIdx.x, blockIdx.y, blockIdx.z);
-            return 1;
+    std::vector<unsigned> all, turns;
+    arrange(all, count, order, random);
+    std::vector<Block> blocks(together);
+    // Where a launch ends early, the threads' stacks hold half a kernel each.
+    const auto give_up = [&m] {
+        for (Fiber& fiber : m.fibers) m.rewind(fiber);
+        return 1;
+    };
+    for (size_t begin = 0; begin < count; begin += together) {
+        for (size_t i = 0; i < together; ++i) {
+            const unsigned index = all[begin + i];
+            blocks[i].index = {index % grid[0], index / grid[0] % grid[1],
+                               index / grid[0] / grid[1]};
+            blocks[i].first = i * threads;
+            m.start(blocks[i], threads, shared_bytes);
+        }
+        size_t left = together;
+        while (left > 0) {
+            m.progress = false;
+            arrange(turns, together, order == REVERSE ? FORWARD : order, random);
+            for (unsigned turn : turns) {
+                Block& now = blocks[turn];
+                if (now.running == 0) continue;
+                const Outcome outcome = m.run(now, threads, order, random, message, len);
+                if (outcome == FAILED) return give_up();
+                if (outcome == STUCK) continue;
+                --left;
+                const unsigned char* end = now.memory.data() + now.memory.size();
+                for (const unsigned char* p = now.shared + shared_bytes; p < end; ++p) {
+                    if (*p == CANARY_BYTE) continue;
+                    snprintf(message, len,
+                             "wrote past its %zu bytes of shared memory (block %u, %u, %u)",
+                             shared_bytes, blockIdx.x, blockIdx.y, blockIdx.z);
+                    return give_up();
+                }
+            }
+            if (m.progress) continue;
+            // Everybody has looked again, and found nothing new.
+            for (const Block& now : blocks) {
+                const Fiber* fiber = m.fibers.data() + now.first;
+                for (size_t i = 0; i < threads; ++i, ++fiber) {
+                    if (now.running == 0 || fiber->state != WAITING) continue;
+                    snprintf(message, len,
+                             "grid barrier not reached by all: block %u, %u, %u waits (line %d), "
+                             "%zu of %zu blocks that run side by side are finished",
+                             now.index.x, now.index.y, now.index.z, fiber->line, together - left,
+                             together);
+                    return give_up();
+                }
+            }
         }
     }
     return 0;

@@ -34,6 +34,7 @@ fn product(order: Order, columns: bool, fault: i32) -> fpenet::Result<(Vec<f32>,
         block: [32, 1, 1],
         shared_bytes: 2048,
         args,
+        cooperative: false,
     };
     device.launch(&launch)?;
     let mut found = vec![0.0f32; 256];

@@ -11,7 +11,7 @@ use gemm::Parallelism;
 use half::f16;
 
 use super::device::{Buffer, Element, GpuDevice, LANES, Place};
-use super::launch::{Arg, Gemm, Launch, Matrix};
+use super::launch::{Cells, Gemm, Launch, Matrix, kinds, resident_grid};
 use super::{Command, GpuBackend};
 use crate::backend::{Backend, Precision};
 use crate::error::{Error, Result};
@@ -23,6 +23,10 @@ const POISON: u8 = 0xff;
 const FENCE: usize = 4096;
 /// Shared memory that a block of compute capability 7.0 may opt in to.
 const SHARED_MEMORY: usize = 96 * 1024;
+
+/// Blocks of a cooperative launch that run side by side: few, so that each has to work through several
+/// of the pieces that a card would spread over its multiprocessors.
+const RESIDENT_BLOCKS: usize = 6;
 
 /// In which order threads between barriers, and blocks, run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +43,7 @@ pub enum Order {
 pub struct Emulated {
     order: Order,
     shared_memory: usize,
+    resident_blocks: usize,
     launches: u64,
     buffers: Vec<Option<Fenced>>,
     lanes: [Lane; LANES],
@@ -55,6 +60,7 @@ struct Lane {
 struct KernelEntry {
     name: *const c_char,
     signature: *const c_char,
+    sizes: *const usize,
     invoke: *const c_void,
 }
 
@@ -65,6 +71,7 @@ unsafe extern "C" {
         grid: *const u32,
         block: *const u32,
         shared_bytes: usize,
+        cooperative: c_int,
         args: *const *const c_void,
         order: c_int,
         seed: u64,
@@ -118,7 +125,19 @@ impl Emulated {
     /// A device whose threads run in the given order and whose blocks have `shared_memory` bytes.
     pub fn new(order: Order, shared_memory: usize) -> Self {
         let lanes = Default::default();
-        Emulated { order, shared_memory, launches: 0, buffers: Vec::new(), lanes }
+        Emulated {
+            order,
+            shared_memory,
+            resident_blocks: RESIDENT_BLOCKS,
+            launches: 0,
+            buffers: Vec::new(),
+            lanes,
+        }
+    }
+
+    /// The same with another number of blocks that a cooperative launch has at most.
+    pub fn with_resident_blocks(self, resident_blocks: usize) -> Self {
+        Emulated { resident_blocks, ..self }
     }
 
     fn get(&self, buffer: Buffer) -> Result<&Fenced> {
@@ -295,24 +314,25 @@ impl GpuDevice for Emulated {
         if launch.shared_bytes as usize > self.shared_memory {
             return wrong(format!("{} bytes of shared memory", launch.shared_bytes));
         }
-        // Kernels read their arguments from these eight-byte slots.
-        let mut values = Vec::with_capacity(launch.args.len());
-        let mut kinds = String::new();
-        for arg in &launch.args {
-            let (kind, value) = match *arg {
-                Arg::Pointer(place) => ('p', self.pointer(place, kernel)? as u64),
-                Arg::Null => ('p', 0),
-                Arg::I32(v) => ('i', u64::from(v as u32)),
-                Arg::F32(v) => ('f', u64::from(v.to_bits())),
-            };
-            kinds.push(kind);
-            values.push(value);
-        }
+        let mut cells = Cells::new(&launch.args, |place| Ok(self.pointer(place, kernel)? as u64))?;
+        let found = kinds(&launch.args);
         let signature = unsafe { CStr::from_ptr((*entry).signature) }.to_string_lossy();
-        if kinds != signature {
-            return wrong(format!("arguments {kinds} for parameters {signature}"));
+        if found != signature {
+            return wrong(format!("arguments {found} for parameters {signature}"));
         }
-        let args: Vec<*const c_void> = values.iter().map(|v| (v as *const u64).cast()).collect();
+        let expected = unsafe { std::slice::from_raw_parts((*entry).sizes, found.len()) };
+        if !cells.sizes().eq(expected.iter().copied()) {
+            let sizes: Vec<usize> = cells.sizes().collect();
+            return wrong(format!("arguments of {sizes:?} bytes for parameters of {expected:?}"));
+        }
+        let args = cells.pointers();
+        let grid = match launch.cooperative {
+            false => launch.grid,
+            true => match resident_grid(launch, self.resident_blocks) {
+                Some(grid) => grid,
+                None => return wrong(format!("a cooperative grid of {:?} blocks", launch.grid)),
+            },
+        };
         let (order, seed) = match self.order {
             Order::Forward => (0, 0),
             Order::Reverse => (1, 0),
@@ -323,10 +343,11 @@ impl GpuDevice for Emulated {
         let status = unsafe {
             fpenet_host_launch(
                 entry,
-                launch.grid.as_ptr(),
+                grid.as_ptr(),
                 launch.block.as_ptr(),
                 launch.shared_bytes as usize,
-                args.as_ptr(),
+                launch.cooperative.into(),
+                args.as_ptr().cast(),
                 order,
                 seed,
                 message.as_mut_ptr().cast(),

@@ -18,7 +18,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::result::{self, DriverError, occupancy};
 use cudarc::driver::sys::{
     self, CUdevice_attribute, CUdeviceptr, CUfunction, CUgraphInstantiate_flags, CUlaunchAttribute,
     CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult, CUstream,
@@ -33,7 +33,8 @@ use self::modules::{Gpu, Kernels};
 use self::probe::unusable;
 use self::transfer::Staging;
 use super::cards::{self, Card};
-use super::{Arg, Buffer, Command, Gemm, GpuDevice, Launch, Place};
+use super::launch::{Cells, resident_grid};
+use super::{Buffer, Command, Gemm, GpuDevice, Launch, Place};
 use crate::backend::Mark;
 use crate::error::{Error, Result};
 
@@ -56,6 +57,7 @@ pub struct CudaDevice {
     card: Option<&'static Card>,
     capability: u32,
     shared_limit: usize,
+    multiprocessors: usize,
     use_graphs: bool,
     /// Whether GPU and driver have programmatic dependent launch, and whether it is wanted.
     can_overlap: bool,
@@ -104,6 +106,8 @@ impl CudaDevice {
         let capability = (10 * major + minor) as u32;
         let limit = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_limit = context.attribute(limit).map_err(failed)? as usize;
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(count).map_err(failed)? as usize;
         let total = context.total_mem().map_err(failed)?;
 
         let gpu = Gpu { name, capability, driver };
@@ -146,6 +150,7 @@ impl CudaDevice {
             card: cards::find(&gpu.name),
             capability,
             shared_limit,
+            multiprocessors,
             use_graphs: std::env::var_os("FPENET_CUDA_GRAPHS").is_none_or(|value| value != "0"),
             // Graphs take such launches over from CUDA 12.3 on.
             can_overlap: capability >= 90 && driver >= (12, 3),
@@ -181,6 +186,34 @@ impl CudaDevice {
             Command::Launch(launch) => self.launch(launch),
             Command::Gemm(gemm) => self.gemm(gemm),
         })
+    }
+
+    /// Launches a kernel whose blocks wait for each other, as many as the GPU holds at once. A CUDA
+    /// graph takes such a launch over as one of its nodes.
+    ///
+    /// # Safety
+    /// The arguments are the kernel's.
+    unsafe fn launch_cooperative(
+        &self,
+        function: CUfunction,
+        launch: &Launch,
+        arguments: &mut [*mut c_void],
+    ) -> std::result::Result<(), DriverError> {
+        let (threads, shared) = (launch.block.iter().product::<u32>(), launch.shared_bytes);
+        let per_multiprocessor = unsafe {
+            occupancy::max_active_block_per_multiprocessor(
+                function,
+                threads as i32,
+                shared as usize,
+            )
+        }?;
+        let resident = per_multiprocessor as usize * self.multiprocessors;
+        let too_large = DriverError(CUresult::CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE);
+        let grid = resident_grid(launch, resident).ok_or(too_large)?;
+        let (grid, block, stream) = (grid.into(), launch.block.into(), self.stream.cu_stream());
+        unsafe {
+            result::launch_cooperative_kernel(function, grid, block, shared, stream, arguments)
+        }
     }
 
     /// Records the commands without running them.
@@ -291,15 +324,16 @@ impl GpuDevice for CudaDevice {
     fn launch(&mut self, launch: &Launch) -> Result<()> {
         self.bind()?;
         let function = self.kernels.get(launch.kernel)?;
-        let mut cells = pack(&launch.args, |place| self.address(place, 0))?;
-        let mut pointers: Vec<*mut c_void> =
-            cells.iter_mut().map(|cell| cell.as_mut_ptr().cast()).collect();
+        let mut cells = Cells::new(&launch.args, |place| self.address(place, 0))?;
+        let mut pointers = cells.pointers();
         self.last = launch.kernel;
         let stream = self.stream.cu_stream();
         // The driver copies the arguments before it returns; launch descriptions and kernels are
         // checked against each other on the emulated device.
         let launched = unsafe {
-            if self.overlap && function.waits {
+            if launch.cooperative {
+                self.launch_cooperative(function.handle, launch, &mut pointers)
+            } else if self.overlap && function.waits {
                 launch_dependent(function.handle, launch, stream, &mut pointers)
             } else {
                 let (grid, block) = (launch.grid.into(), launch.block.into());
@@ -456,25 +490,6 @@ fn out_of_memory(purpose: &str, needed: usize, memory: Option<(usize, usize)>) -
     )
 }
 
-/// The arguments as the driver wants to find them: each in memory of its own, of which the kernel
-/// reads as many bytes as its parameter has.
-fn pack(args: &[Arg], address: impl Fn(Place) -> Result<CUdeviceptr>) -> Result<Vec<[u8; 8]>> {
-    let four = |bytes: [u8; 4]| {
-        let mut cell = [0; 8];
-        cell[..4].copy_from_slice(&bytes);
-        cell
-    };
-    let cell = |arg: &Arg| {
-        Ok(match *arg {
-            Arg::Pointer(place) => address(place)?.to_ne_bytes(),
-            Arg::Null => [0; 8],
-            Arg::I32(value) => four(value.to_ne_bytes()),
-            Arg::F32(value) => four(value.to_ne_bytes()),
-        })
-    };
-    args.iter().map(cell).collect()
-}
-
 /// The driver's name and words for an error.
 fn driver_words(error: DriverError) -> String {
     // The numbers of the CUDA manual; the text comes from the driver itself.
@@ -503,28 +518,6 @@ fn no_gpu(error: DriverError) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn arguments_are_packed_as_the_kernel_reads_them() {
-        let place = Place { buffer: Buffer(3), byte_offset: 40 };
-        let args = [Arg::Pointer(place), Arg::Null, Arg::I32(-2), Arg::F32(1.5)];
-        let cells = pack(&args, |place| {
-            assert_eq!((place.buffer, place.byte_offset), (Buffer(3), 40));
-            Ok(0x7f00_0000_1028)
-        })
-        .unwrap();
-        assert_eq!(u64::from_ne_bytes(cells[0]), 0x7f00_0000_1028);
-        assert_eq!(cells[1], [0; 8]);
-        assert_eq!(cells[2][..4], (-2i32).to_ne_bytes());
-        assert_eq!(cells[3][..4], 1.5f32.to_ne_bytes());
-    }
-
-    #[test]
-    fn a_bad_address_stops_the_launch() {
-        let place = Place { buffer: Buffer(0), byte_offset: 0 };
-        let refuse = |_| Err(Error::Failed("outside".into()));
-        assert!(pack(&[Arg::Pointer(place)], refuse).is_err());
-    }
 
     #[test]
     fn out_of_memory_names_purpose_needed_and_free_bytes() {

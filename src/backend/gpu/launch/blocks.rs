@@ -22,6 +22,7 @@ pub fn stem_block(
         block: [THREADS, 1, 1],
         shared_bytes: shared_bytes as u32,
         args,
+        cooperative: false,
     }
 }
 
@@ -68,5 +69,6 @@ pub fn strided_block(
         block: [THREADS, 1, 1],
         shared_bytes: tiling.shared_bytes as u32,
         args,
+        cooperative: false,
     }
 }

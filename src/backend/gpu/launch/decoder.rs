@@ -51,6 +51,7 @@ pub fn scores_argmax(
         block: [32, 8, 1],
         shared_bytes: tiling.shared_bytes as u32,
         args,
+        cooperative: false,
     }
 }
 

@@ -1,64 +1,17 @@
 //! Commands for a [`GpuDevice`](super::GpuDevice), and the one place that decides launch shapes:
 //! grid, block and shared memory are the same on a real and on the emulated device.
 
+mod args;
 mod blocks;
 mod decoder;
 
+pub use args::Arg;
+pub(super) use args::{Cells, kinds};
 pub use blocks::*;
 pub use decoder::*;
 
-use super::device::{Buffer, Element, Place};
+use super::device::{Element, Place};
 use crate::graph::Shape;
-
-/// An argument of a kernel, in the order of its declaration.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Arg {
-    /// Pointer into device memory (8 bytes).
-    Pointer(Place),
-    /// Null pointer (8 bytes): an operand that is absent.
-    Null,
-    /// int (4 bytes).
-    I32(i32),
-    /// float (4 bytes).
-    F32(f32),
-}
-
-impl From<Place> for Arg {
-    fn from(place: Place) -> Self {
-        Arg::Pointer(place)
-    }
-}
-
-impl From<Option<Place>> for Arg {
-    fn from(place: Option<Place>) -> Self {
-        place.map_or(Arg::Null, Arg::Pointer)
-    }
-}
-
-impl From<Buffer> for Arg {
-    fn from(buffer: Buffer) -> Self {
-        Arg::Pointer(buffer.into())
-    }
-}
-
-impl From<usize> for Arg {
-    fn from(value: usize) -> Self {
-        // Sizes and strides of one image; what does not fit is refused (`lower::check_sizes`).
-        Arg::I32(value as i32)
-    }
-}
-
-impl From<bool> for Arg {
-    fn from(value: bool) -> Self {
-        Arg::I32(i32::from(value))
-    }
-}
-
-impl From<f32> for Arg {
-    fn from(value: f32) -> Self {
-        Arg::F32(value)
-    }
-}
 
 /// One kernel launch.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,6 +26,10 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// Arguments.
     pub args: Vec<Arg>,
+    /// Whether blocks wait for each other (kernels/grid.cuh). Then all run at the same time, at most as
+    /// many as the device holds at once: the grid has one dimension, and says how many there is work
+    /// for. See [`resident_grid`].
+    pub cooperative: bool,
 }
 
 /// A row-major matrix operand, one per element of the batch.
@@ -140,7 +97,15 @@ fn grid(x: usize, y: usize, z: usize) -> [u32; 3] {
 }
 
 fn launch(kernel: &'static str, grid: [u32; 3], block: [u32; 3], args: Vec<Arg>) -> Launch {
-    Launch { kernel, grid, block, shared_bytes: 0, args }
+    Launch { kernel, grid, block, shared_bytes: 0, args, cooperative: false }
+}
+
+/// The grid that a cooperative launch gets on a device that holds `resident` of its blocks at once;
+/// None where it holds none, or where the launch is not one for every device.
+pub fn resident_grid(launch: &Launch, resident: usize) -> Option<[u32; 3]> {
+    let [x, y, z] = launch.grid;
+    let most = u32::try_from(resident).unwrap_or(u32::MAX);
+    (most > 0 && (y, z) == (1, 1)).then_some([x.min(most), 1, 1])
 }
 
 /// Elementwise over the planes of a tensor.
@@ -358,11 +323,8 @@ pub fn cascade_forward(
         _ => 32,
     };
     Launch {
-        kernel,
-        grid: grid(tiles, chains, output.n),
-        block: [32, rows, 1],
         shared_bytes: tiling.shared_bytes as u32,
-        args,
+        ..launch(kernel, grid(tiles, chains, output.n), [32, rows, 1], args)
     }
 }
 
@@ -383,22 +345,17 @@ pub fn conv1x1_f16(output: Shape, inputs: usize, args: Vec<Arg>) -> Launch {
     let groups = if inputs <= DEPTH { ENOUGH_BLOCKS.div_ceil(across * output.n) } else { tiles };
     let sums = (2 * rows * (DEPTH + 8)).max(4 * rows * (pixels + 4));
     Launch {
-        kernel,
-        grid: grid(across, groups.min(tiles), output.n),
-        block: [THREADS, 1, 1],
         shared_bytes: (2 * DEPTH * (pixels + 8) + sums) as u32,
-        args,
+        ..launch(kernel, grid(across, groups.min(tiles), output.n), [THREADS, 1, 1], args)
     }
 }
 
 /// conv1x1.cu, CUDA cores: 64 output channels and 64 pixels per block.
 pub fn conv1x1_f32(output: Shape, args: Vec<Arg>) -> Launch {
+    let grid = grid(output.plane().div_ceil(64), output.c.div_ceil(64), output.n);
     Launch {
-        kernel: "conv1x1_tile_f32",
-        grid: grid(output.plane().div_ceil(64), output.c.div_ceil(64), output.n),
-        block: [THREADS, 1, 1],
         shared_bytes: 4 * 2 * 16 * (64 + 4),
-        args,
+        ..launch("conv1x1_tile_f32", grid, [THREADS, 1, 1], args)
     }
 }
 
@@ -469,12 +426,10 @@ pub fn pair_tiling(
 
 /// pe.cu: a block per tile of pixels.
 pub fn pair(tiling: PairTiling, output: Shape, args: Vec<Arg>) -> Launch {
+    let grid = grid(output.plane().div_ceil(tiling.pixels), 1, output.n);
     Launch {
-        kernel: tiling.kernel,
-        grid: grid(output.plane().div_ceil(tiling.pixels), 1, output.n),
-        block: [THREADS, 1, 1],
         shared_bytes: tiling.shared_bytes as u32,
-        args,
+        ..launch(tiling.kernel, grid, [THREADS, 1, 1], args)
     }
 }
 

@@ -295,7 +295,7 @@ fn batch_norm(
         args![low.at(x), norm.y.map(|y| low.at(&y)), low.at(dy), norm.dy2.map(|(place, _)| place),]
     };
     let strides = |t: Option<Tensor>| -> [Arg; 2] {
-        t.map_or([Arg::I32(0); 2], |t| [t.batch_stride.into(), t.plane_stride.into()])
+        t.map_or([0, 0].map(Arg::I32), |t| [t.batch_stride.into(), t.plane_stride.into()])
     };
     let operand_strides: Vec<Arg> = [Some(*x), norm.y, Some(*dy), norm.dy2.map(|d| d.1)]
         .into_iter()
@@ -304,7 +304,7 @@ fn batch_norm(
 
     let mut args = operands(low);
     args.extend(args![norm.saved.mean, partial, pixels]);
-    args.extend(&operand_strides);
+    args.extend(operand_strides.clone());
     let name = low
         .name(Typed { f32: "batch_norm_backward_sums_f32", f16: "batch_norm_backward_sums_f16" });
     low.launch(launch::reduction(name, pixels, shape.c, shape.n, args));
@@ -333,7 +333,7 @@ fn batch_norm(
         dresidual.is_some_and(|slot| slot.accumulate),
         pixels,
     ]);
-    args.extend(&operand_strides);
+    args.extend(operand_strides);
     args.extend(strides(Some(dx_like)));
     args.extend(strides(dresidual.map(|slot| slot.tensor)));
     let name = low

@@ -46,7 +46,8 @@ pub struct Memory {
     pub labels: Buffer,
     /// `Control` of kernels/control.cuh.
     pub control: Buffer,
-    /// Integers by which the blocks of a launch find each other: zero before it and after it.
+    /// Integers by which the blocks of a launch find each other: zero at first, and left by a launch as
+    /// it needs them when it is repeated.
     pub counters: Buffer,
 }
 
