@@ -261,7 +261,8 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         let chosen = self.choice(plan, element)?;
         let variants = chosen.choice.variants;
         self.release()?;
-        self.device.overlap_launches(variants.dependent_launch);
+        // Kernels load weights before they wait: in training an update may still be writing those.
+        self.device.overlap_launches(variants.dependent_launch && !training);
         let graphs = self.graphs.unwrap_or(chosen.choice.graphs);
         if graphs != self.device.records() {
             self.device.use_graphs(graphs);
