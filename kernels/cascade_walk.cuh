@@ -2,6 +2,7 @@
 // (cascade_walk.cu says how). Blocks have one dimension, of whole warps.
 #pragma once
 
+#include "bytes.cuh"
 #include "cascade.cuh"
 
 namespace {
@@ -25,6 +26,46 @@ __device__ __forceinline__ void store_pair(__half* at, Pair v) {
     *reinterpret_cast<unsigned*>(at) =
         __half_as_ushort(__float2half(v.a)) |
         static_cast<unsigned>(__half_as_ushort(__float2half(v.b))) << 16;
+}
+
+// Values of a plane in memory, by the scale of a plane of bytes.
+template <typename T>
+__device__ __forceinline__ Pair read_pair(const T* at, float) {
+    return load_pair(at);
+}
+
+template <typename T>
+__device__ __forceinline__ float read_one(const T* at, float) {
+    return load(at);
+}
+
+__device__ __forceinline__ Pair read_pair(const Byte* at, float scale) {
+    const unsigned bits = *reinterpret_cast<const unsigned short*>(at);
+    return {byte_of(bits, 0) * scale, byte_of(bits, 1) * scale};
+}
+
+__device__ __forceinline__ float read_one(const Byte* at, float scale) {
+    return static_cast<float>(*at) * scale;
+}
+
+// Values into a plane in memory, by one over its scale.
+template <typename T>
+__device__ __forceinline__ void write_pair(T* at, Pair v, float) {
+    store_pair(at, v);
+}
+
+template <typename T>
+__device__ __forceinline__ void write_one(T* at, float v, float) {
+    store(at, v);
+}
+
+__device__ __forceinline__ void write_pair(Byte* at, Pair v, float inverse) {
+    *reinterpret_cast<unsigned short*>(at) = static_cast<unsigned short>(
+        __byte_perm(to_byte(v.a, inverse), to_byte(v.b, inverse), 0x0040));
+}
+
+__device__ __forceinline__ void write_one(Byte* at, float v, float inverse) {
+    *at = static_cast<Byte>(to_byte(v, inverse) & 0xffu);
 }
 
 // What of a plane is in shared memory: rows y0 .. y1, columns x0 .. x0 + pitch, both even. A column
@@ -52,20 +93,21 @@ __device__ __forceinline__ Row read_row(const T* line, bool inside, int column, 
     return {before, middle, after};
 }
 
-// Outputs of one branch, and what becomes of them.
-template <typename T>
+// Outputs of one branch, and what becomes of them. X and Y are what planes in memory hold.
+template <typename T, typename X, typename Y>
 struct Branch {
     int y0, y1, x0, x1;      // computed
     int ty0, ty1, tx0, tx1;  // written to memory
     int d, w;
-    T* out;          // the branch's plane
-    const T* next;   // the next branch's input, where it takes this one in
+    Y* out;          // the branch's plane
+    const X* next;   // the next branch's input, where it takes this one in
     T* carried;      // the region that this makes of it
+    float out_inverse, next_scale;
 };
 
 // PAIRED: pairs of columns can be moved at once in memory.
-template <bool NEXT, bool PAIRED, typename T>
-__device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<T>& op,
+template <bool NEXT, bool PAIRED, typename T, typename X, typename Y>
+__device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<T, X, Y>& op,
                                      const float (&k)[9], float bias) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int d = op.d, segments = (warps + d - 1) / d;
@@ -86,10 +128,10 @@ __device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<
                 Pair next = {0.0f, 0.0f};
                 if (op.next != nullptr) {
                     if (PAIRED) {
-                        next = load_pair(op.next + p);
+                        next = read_pair(op.next + p, op.next_scale);
                     } else {
-                        next.a = load(op.next + p);
-                        if (x + 1 < op.w) next.b = load(op.next + p + 1);
+                        next.a = read_one(op.next + p, op.next_scale);
+                        if (x + 1 < op.w) next.b = read_one(op.next + p + 1, op.next_scale);
                     }
                 }
                 line += d * in.pitch;
@@ -107,10 +149,10 @@ __device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<
                 const Pair v = {relu(a), relu(b)};
                 if (written && y >= op.ty0 && y < op.ty1) {
                     if (PAIRED) {
-                        store_pair(op.out + p, v);
+                        write_pair(op.out + p, v, op.out_inverse);
                     } else {
-                        store(op.out + p, v.a);
-                        if (x + 1 < op.tx1) store(op.out + p + 1, v.b);
+                        write_one(op.out + p, v.a, op.out_inverse);
+                        if (x + 1 < op.tx1) write_one(op.out + p + 1, v.b, op.out_inverse);
                     }
                 }
                 if (op.next != nullptr) {
@@ -126,35 +168,58 @@ __device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<
 }
 
 // A region of a plane into shared memory.
-template <typename T>
-__device__ __forceinline__ void fetch(const T* plane, const Region& in, int w, bool paired, T* s) {
+template <typename T, typename X>
+__device__ __forceinline__ void fetch(const X* plane, float scale, const Region& in, int w,
+                                      bool paired, T* s) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     for (int y = in.y0 + warp; y < in.y1; y += warps) {
-        const T* row = plane + static_cast<size_t>(y) * w + in.x0;
+        const X* row = plane + static_cast<size_t>(y) * w + in.x0;
         T* to = s + (y - in.y0) * in.pitch;
         for (int x = 2 * lane; x < in.pitch; x += 64) {
             Pair v;
             if (paired) {
-                v = load_pair(row + x);
+                v = read_pair(row + x, scale);
             } else {
-                v = {load(row + x), in.x0 + x + 1 < w ? load(row + x + 1) : 0.0f};
+                v.a = read_one(row + x, scale);
+                v.b = in.x0 + x + 1 < w ? read_one(row + x + 1, scale) : 0.0f;
             }
             store_pair(to + x, v);
         }
     }
 }
 
-// A cascade's operands, in the order of the kernels' parameters.
-template <typename T>
+// A whole plane of bytes is one row, to be moved 16 pixels at a time.
+template <typename T, typename X>
+__device__ __forceinline__ bool fetch_wide(const X*, float, const Region&, int, int, T*) {
+    return false;
+}
+
+__device__ __forceinline__ bool fetch_wide(const Byte* plane, float scale, const Region& in, int w,
+                                           int pixels, __half* s) {
+    const bool all = in.pitch == w && (in.y1 - in.y0) * w == pixels;
+    if (!all || pixels % 16 != 0 || reinterpret_cast<size_t>(plane) % 16 != 0) return false;
+    const __half2 scales = __float2half2_rn(scale);
+#pragma unroll 2
+    for (int p = 16 * threadIdx.x; p < pixels; p += 16 * blockDim.x) {
+        widen_sixteen(*reinterpret_cast<const uint4*>(plane + p), scales, s + p);
+    }
+    return true;
+}
+
+// A cascade's operands, in the order of the kernels' parameters. T is what shared memory holds, X and
+// Y what memory does.
+template <typename T, typename X = T, typename Y = T>
 struct Cascade {
-    const T* x;
-    T* y;
+    const X* x;
+    Y* y;
     const float* params;
     int branches, addition;
     Four dilations, weights, biases;  // offsets of weights and biases in params
     int region;                       // elements of a plane with its halo in shared memory
     int tile_h, tile_w;               // tile_w is even unless the tile is the whole plane
     int h, w, x_batch, x_plane, y_batch, y_plane;
+    const float* x_scales = nullptr;    // of x in bytes: a scale per channel
+    const float* y_inverses = nullptr;  // of y in bytes: one over them
 
     __device__ __forceinline__ int tiles() const {
         return ((h + tile_h - 1) / tile_h) * ((w + tile_w - 1) / tile_w);
@@ -162,11 +227,12 @@ struct Cascade {
 };
 
 // One tile of one of `chains` chains; `s` is shared memory of two regions.
-template <typename T>
-__device__ __forceinline__ void cascade_tile(const Cascade<T>& cascade, int tile, int chain,
+template <typename T, typename X, typename Y>
+__device__ __forceinline__ void cascade_tile(const Cascade<T, X, Y>& cascade, int tile, int chain,
                                              int chains, int image, T* s) {
-    const T* x = cascade.x;
-    T* y = cascade.y;
+    constexpr bool X_BYTES = sizeof(X) == 1, Y_BYTES = sizeof(Y) == 1;
+    const X* x = cascade.x;
+    Y* y = cascade.y;
     const int h = cascade.h, w = cascade.w, tile_h = cascade.tile_h, tile_w = cascade.tile_w;
     const int branches = cascade.branches, addition = cascade.addition;
     const int x_batch = cascade.x_batch, x_plane = cascade.x_plane;
@@ -174,12 +240,13 @@ __device__ __forceinline__ void cascade_tile(const Cascade<T>& cascade, int tile
     const Four& dilations = cascade.dilations;
     T* other = s + cascade.region;
     const int tiles_x = (w + tile_w - 1) / tile_w;
-    Branch<T> op;
+    Branch<T, X, Y> op;
     op.ty0 = tile / tiles_x * tile_h, op.ty1 = min(op.ty0 + tile_h, h);
     op.tx0 = tile % tiles_x * tile_w, op.tx1 = min(op.tx0 + tile_w, w);
     op.w = w;
     const bool paired = w % 2 == 0 && (x_batch | x_plane | y_batch | y_plane) % 2 == 0 &&
-                (reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(y)) % (2 * sizeof(T)) == 0;
+                reinterpret_cast<size_t>(x) % (2 * sizeof(X)) == 0 &&
+                reinterpret_cast<size_t>(y) % (2 * sizeof(Y)) == 0;
 
     // How far beyond the tile the following branches read, and the first branch with them.
     int reach = 0, halo = 0;
@@ -192,7 +259,9 @@ __device__ __forceinline__ void cascade_tile(const Cascade<T>& cascade, int tile
     in.x0 = max(op.tx0 - halo, 0) & ~1;
     in.pitch = (min(op.tx1 + halo, w) - in.x0 + 1) & ~1;
 
-    fetch(x + plane_at(image, x_batch, chain, x_plane), in, w, paired, s);
+    const float scale = X_BYTES ? cascade.x_scales[chain] : 1.0f;
+    const X* plane = x + plane_at(image, x_batch, chain, x_plane);
+    if (!fetch_wide(plane, scale, in, w, h * w, s)) fetch(plane, scale, in, w, paired, s);
     __syncthreads();
     for (int branch = 0; branch < branches; ++branch) {
         op.d = dilations.at(branch);
@@ -201,11 +270,14 @@ __device__ __forceinline__ void cascade_tile(const Cascade<T>& cascade, int tile
         op.x0 = max(op.tx0 - reach, 0) & ~1, op.x1 = min(op.tx1 + reach, w);
         op.out = y + plane_at(image, y_batch, branch * chains + chain, y_plane);
         const bool more = branch + 1 < branches;
-        const T* next = more ? x + plane_at(image, x_batch, (branch + 1) * chains + chain,
+        const X* next = more ? x + plane_at(image, x_batch, (branch + 1) * chains + chain,
                                             x_plane)
                              : nullptr;
         op.next = addition ? next : nullptr;
         op.carried = other;
+        const int channel = branch * chains + chain;
+        op.out_inverse = Y_BYTES ? cascade.y_inverses[channel] : 1.0f;
+        op.next_scale = X_BYTES && more ? cascade.x_scales[channel + chains] : 1.0f;
 
         float k[9];
         const float* kernel = cascade.params + cascade.weights.at(branch) + 9 * chain;
@@ -228,7 +300,7 @@ __device__ __forceinline__ void cascade_tile(const Cascade<T>& cascade, int tile
             other = s;
             s = made;
         } else {
-            fetch(next, in, w, paired, s);
+            fetch(next, op.next_scale, in, w, paired, s);
             __syncthreads();
         }
     }

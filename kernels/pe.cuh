@@ -2,7 +2,7 @@
 // one dimension, of THREADS threads.
 #pragma once
 
-#include "tile.cuh"
+#include "bytes.cuh"
 
 namespace {
 
@@ -12,20 +12,61 @@ struct Planes {
 
 // y = act1(w1 x + b1 + residual), z = act2(w2 y + b2), in the order of the kernels' parameters.
 // Biases and the residual may be null, and z, then there is no second product. z may be x, tensor
-// for tensor; nothing else may overlap.
-template <typename T>
+// for tensor; nothing else may overlap. X and Z are what x and z are stored in.
+template <typename T, typename X = T, typename Z = T>
 struct ProjectExpand {
-    const T* x;
+    const X* x;
     const T* w1;
     const float* b1;
     const T* residual;
     T* y;
     const T* w2;
     const float* b2;
-    T* z;
+    Z* z;
     int act1, act2, pixels;
     Planes xs, rs, ys, zs;
+    const float* x_scales = nullptr;    // of x in bytes: a scale per channel
+    const float* z_inverses = nullptr;  // of z in bytes: one over them
 };
+
+// Whether all P pixels from `first` on are there, and can be moved 16 bytes at a time. Of bytes there
+// may be more pixels than the planes have.
+template <int P>
+__device__ __forceinline__ bool whole_tile(const __half* base, Planes at, int first, int pixels) {
+    return first + P <= pixels && wide(base, at.batch, at.plane);
+}
+
+template <int P>
+__device__ __forceinline__ bool whole_tile(const Byte* base, Planes at, int first, int pixels) {
+    return first + P <= at.plane && wide(base, at.batch, at.plane);
+}
+
+// x of a tile into shared memory, as halves.
+template <int P, int PITCH, int UNROLL, int THREADS, typename Op>
+__device__ __forceinline__ void stage_x(const Op& op, const __half* x, int rows, int first,
+                                        bool all, __half* to) {
+    stage_pixels<P, PITCH, UNROLL, THREADS>(x, op.xs.plane, rows, rows, first, op.pixels, all, to);
+}
+
+template <int P, int PITCH, int UNROLL, int THREADS, typename Op>
+__device__ __forceinline__ void stage_x(const Op& op, const Byte* x, int rows, int first, bool all,
+                                        __half* to) {
+    stage_bytes<P, PITCH, UNROLL / 2, THREADS>(x, op.x_scales, op.xs.plane, rows, first, op.pixels,
+                                               all, to);
+}
+
+// Eight pixels of channel `c` of z.
+template <typename Op>
+__device__ __forceinline__ void write_z(const Op&, int, __half* to, const float (&v)[8], bool all,
+                                        int count) {
+    write_eight(to, v, all, count);
+}
+
+template <typename Op>
+__device__ __forceinline__ void write_z(const Op& op, int c, Byte* to, const float (&v)[8],
+                                        bool all, int count) {
+    write_eight(to, v, op.z_inverses[c], all, count);
+}
 
 // Where the halves of a tile are in shared memory: x, over it the sums, then y, then the weights
 // where they are staged.
@@ -47,9 +88,9 @@ __device__ __forceinline__ void stage_pair_weights(const __half* w1, const __hal
 }
 
 // Pixels `tile * P` and following of an image. Between two tiles of a block is a barrier.
-template <int C, int P, bool STAGED, int THREADS = TILE_THREADS>
-__device__ __forceinline__ void pair_tile(const ProjectExpand<__half>& op, int tile, int image,
-                                          __half* shared) {
+template <int C, int P, bool STAGED, int THREADS = TILE_THREADS, typename X, typename Z>
+__device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op, int tile,
+                                          int image, __half* shared) {
     using L = PairLayout<C, P, STAGED>;
     constexpr int E = L::E, PITCH = L::PITCH, SUM_PITCH = L::SUM_PITCH;
     constexpr int PITCH1 = L::PITCH1, PITCH2 = L::PITCH2, WARPS = THREADS / 32;
@@ -65,17 +106,20 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<__half>& op, int t
     const __half* w2 = STAGED ? shared + L::W2 : op.w2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = tile * P;
     const int pixels = op.pixels;
-    const bool inside = first + P <= pixels && wide(op.x, op.xs.batch, op.xs.plane) &&
-                        wide(op.residual, op.rs.batch, op.rs.plane) &&
-                        wide(op.y, op.ys.batch, op.ys.plane) &&
-                        wide(op.z, op.zs.batch, op.zs.plane);
-    const __half* x = op.x + plane_at(image, op.xs.batch, 0, 0);
+    // Halves go together, bytes each by itself.
+    constexpr bool X_BYTES = sizeof(X) == 1, Z_BYTES = sizeof(Z) == 1;
+    const bool x_whole = whole_tile<P>(op.x, op.xs, first, pixels);
+    const bool z_whole = whole_tile<P>(op.z, op.zs, first, pixels);
+    const bool inside = whole_tile<P>(op.residual, op.rs, first, pixels) &&
+                        whole_tile<P>(op.y, op.ys, first, pixels) && (X_BYTES || x_whole) &&
+                        (Z_BYTES || z_whole);
+    const X* x = op.x + plane_at(image, op.xs.batch, 0, 0);
     __half* y = op.y + plane_at(image, op.ys.batch, 0, 0);
-    __half* z = op.z != nullptr ? op.z + plane_at(image, op.zs.batch, 0, 0) : nullptr;
+    Z* z = op.z != nullptr ? op.z + plane_at(image, op.zs.batch, 0, 0) : nullptr;
     const __half* residual =
         op.residual != nullptr ? op.residual + plane_at(image, op.rs.batch, 0, 0) : nullptr;
 
-    stage_pixels<P, PITCH, 8, THREADS>(x, op.xs.plane, E, E, first, pixels, inside, xs);
+    stage_x<P, PITCH, 8, THREADS>(op, x, E, first, X_BYTES ? x_whole : inside, xs);
     __syncthreads();
 
     {
@@ -148,7 +192,8 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<__half>& op, int t
                 load_eight(own + i / 4 * WARP_PITCH + i % 4 * 8, v);
                 const float shift = op.b2 != nullptr ? op.b2[c] : 0.0f;
                 finish_eight<__half>(v, shift, nullptr, op.act2, inside, count);
-                write_eight(z + static_cast<size_t>(c) * op.zs.plane + first + p, v, inside, count);
+                write_z(op, c, z + static_cast<size_t>(c) * op.zs.plane + first + p, v,
+                        Z_BYTES ? z_whole : inside, count);
             }
             __syncwarp();
         }

@@ -173,7 +173,8 @@ impl Engine {
         let names = model.classes.iter().map(name).collect();
         let palette = model.palette.clone();
         let model = Owned::new(model);
-        let settings = Settings { device, precision: Precision::F32, threads: None };
+        let settings =
+            Settings { device, precision: Precision::F32, threads: None, expanded: None };
         // SAFETY: the segmenter stands before the model in `Running`, and is dropped first.
         let mut segmenter = Segmenter::new(unsafe { model.get() }, settings)?;
         if let Some((width, height)) = size {

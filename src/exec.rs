@@ -22,8 +22,11 @@ pub fn plan_inference(
         return Err(Error::Usage("inference cannot run a training plan".into()));
     }
     let graph = Graph::fpenet(&model.config)?;
-    // The rewrites leave no decoder to inspect.
-    let rewrites = if mode == Mode::Inspect { Rewrites::NONE } else { rewrites };
+    let rewrites = match mode {
+        // The others leave no decoder to inspect.
+        Mode::Inspect => Rewrites { byte_scales: rewrites.byte_scales, ..Rewrites::NONE },
+        _ => rewrites,
+    };
     let (graph, params) = passes::for_inference_with(&graph, &model.params, rewrites);
     Ok((Plan::new(&graph, size, mode, layout)?, params))
 }

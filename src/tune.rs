@@ -9,6 +9,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::gpu::cards::Card;
 use crate::backend::gpu::choice::{self, Cache, Choice, Entry};
 use crate::backend::gpu::cost::{CommandCost, Prediction};
+use crate::backend::gpu::variants::Expanded;
 use crate::backend::gpu::{Element, Variants};
 use crate::backend::{Backend, State};
 use crate::error::{Error, Result};
@@ -199,6 +200,22 @@ pub struct CardPrediction {
     pub predicted_fps: f64,
     /// Images per second at the roofline.
     pub roofline_fps: f64,
+    /// The same with the blocks' expanded tensors in 8 bits, which nothing chooses by itself; of
+    /// half precision only.
+    pub expanded_bytes: Option<BytesPrediction>,
+}
+
+/// What the cost model says where expanded tensors are kept in 8 bits.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BytesPrediction {
+    /// The variants that the model prefers then.
+    pub variants: String,
+    /// Bytes that the commands move, in millions.
+    pub megabytes: f64,
+    /// Microseconds at the card's peaks, without any cost per launch.
+    pub roofline_us: f64,
+    /// Microseconds by the model.
+    pub predicted_us: f64,
 }
 
 /// The model's choice and prediction for a card that need not be here.
@@ -216,6 +233,10 @@ pub fn predict(
     let (plan, _) =
         exec::plan_inference(model, (PlaneLayout::Dense, choice::REWRITES), size, Mode::Labels)?;
     let (choice, costs, total) = choice::by_model(&plan, element, card)?;
+    let expanded_bytes = match element {
+        Element::F16 => predict_bytes(model, size, card)?,
+        Element::F32 => None,
+    };
     let mut classes = by_class(&costs, card, choice.graphs);
     classes.sort_by(|a, b| b.predicted_us.total_cmp(&a.predicted_us));
     let input = plan.input.shape;
@@ -235,7 +256,31 @@ pub fn predict(
         predicted_us: total.expected * 1e6,
         predicted_fps: batch as f64 / total.expected,
         roofline_fps: batch as f64 / total.roofline,
+        expanded_bytes,
     })
+}
+
+/// The prediction with expanded tensors in 8 bits; none for a network without such blocks.
+fn predict_bytes(
+    model: &Model,
+    size: (usize, usize, usize),
+    card: &Card,
+) -> Result<Option<BytesPrediction>> {
+    let bytes = Variants { expanded: Expanded::Bytes, ..Variants::default() };
+    let wanted = (PlaneLayout::Dense, choice::rewrites(bytes));
+    let (plan, _) = exec::plan_inference(model, wanted, size, Mode::Labels)?;
+    let (choice, costs, total) = choice::by_model(&plan, Element::F16, card)?;
+    let any = costs.iter().any(|cost| cost.kernel.ends_with("_u8"));
+    Ok(any.then(|| BytesPrediction {
+        variants: choice.variants.to_string(),
+        megabytes: megabytes(&costs),
+        roofline_us: total.roofline * 1e6,
+        predicted_us: total.expected * 1e6,
+    }))
+}
+
+fn megabytes(costs: &[CommandCost]) -> f64 {
+    costs.iter().map(|cost| cost.bytes + cost.again).sum::<u64>() as f64 / 1e6
 }
 
 fn by_class(costs: &[CommandCost], card: &Card, graphs: bool) -> Vec<ClassPrediction> {

@@ -249,6 +249,10 @@ fn half_precision_needs_a_gpu() {
     let run = ["run", "--model", m, "--input", x, "--output", y.to_str().unwrap()];
     let args = [&run[..], &["--device", "cpu", "--precision", "f16"]].concat();
     refused(&args, 2, &["--precision f16", "cpu"]);
+    let args = [&run[..], &["--device", "cpu", "--expanded", "bytes"]].concat();
+    refused(&args, 2, &["expanded=bytes", "--precision f16", "cpu"]);
+    let args = [&run[..], &["--device", "cpu", "--expanded", "bits"]].concat();
+    refused(&args, 2, &["--expanded", "stored, bytes"]);
 }
 
 #[test]

@@ -3,6 +3,8 @@
 //! networks against PyTorch; and the emulation itself, which must find the mistakes it is there for.
 #![cfg(emulated_kernels)]
 
+#[path = "emulated/bytes.rs"]
+mod bytes;
 #[path = "emulated/grid.rs"]
 mod grid;
 #[path = "emulated/harness.rs"]

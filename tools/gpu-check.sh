@@ -162,6 +162,8 @@ for size in $sizes; do
         bench "bench $size $precision" \
             --size "$size" --precision $precision --iterations "$iterations"
     done
+    bench "bench $size f16, expanded tensors in 8 bits" \
+        --size "$size" --precision f16 --expanded bytes --iterations "$iterations"
 done
 for precision in f32 f16; do
     if [ "$device" = cuda ]; then

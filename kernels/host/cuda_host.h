@@ -141,6 +141,17 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
+inline unsigned __float_as_uint(float f) {
+    unsigned bits;
+    std::memcpy(&bits, &f, 4);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+
 // Half precision by its bits, rounded to nearest even as the hardware does.
 struct __half {
     uint16_t bits;
@@ -182,6 +193,31 @@ inline __half __float2half(float f) {
     const uint32_t odd = bits >> 13 & 1;
     bits += 0xfff + odd - ((127 - 15) << 23);
     return {static_cast<uint16_t>(sign | bits >> 13)};
+}
+
+// Two halves, each as the hardware has it: computed exactly, rounded once.
+struct __half2 {
+    __half x, y;
+};
+inline __half2 __hsub2(__half2 a, __half2 b) {
+    return {__float2half(__half2float(a.x) - __half2float(b.x)),
+            __float2half(__half2float(a.y) - __half2float(b.y))};
+}
+inline __half2 __hmul2(__half2 a, __half2 b) {
+    return {__float2half(__half2float(a.x) * __half2float(b.x)),
+            __float2half(__half2float(a.y) * __half2float(b.y))};
+}
+inline __half2 __float2half2_rn(float v) { return {__float2half(v), __float2half(v)}; }
+
+// Bytes 0 to 3 are those of a, 4 to 7 those of b; four bits of the selector name one of them.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned from = selector >> (4 * i) & 7;
+        result |= static_cast<unsigned>(bytes >> (8 * from) & 0xff) << (8 * i);
+    }
+    return result;
 }
 
 inline unsigned short __half_as_ushort(__half h) { return h.bits; }

@@ -11,6 +11,7 @@ pub use crate::device::{DeviceChoice, DeviceReport, Precision, list, open};
 use std::time::{Duration, Instant};
 
 use self::gpu::choice::{Choice, Chosen, Key};
+use self::gpu::variants::Expanded;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -297,6 +298,20 @@ pub trait Backend: Send {
     /// Fixes the variants of plans prepared from now on; of no effect on a device without any.
     fn choose(&mut self, choice: Choice) {
         let _ = choice;
+    }
+
+    /// How expanded tensors are kept by plans prepared from now on, whatever else is chosen.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] where this device or its precision has no 8-bit storage.
+    fn keep_expanded(&mut self, expanded: Expanded) -> Result<()> {
+        match expanded {
+            Expanded::Stored => Ok(()),
+            Expanded::Bytes => Err(Error::Usage(format!(
+                "expanded=bytes: expected a cuda or emulated device with --precision f16, found {}",
+                self.kind()
+            ))),
+        }
     }
 
     /// What the prepared plan runs with, on a device that has variants.

@@ -4,9 +4,11 @@ use std::str::FromStr;
 
 use clap::Args;
 use fpenet::backend::Backend;
+use fpenet::backend::gpu::variants::Expanded;
 use fpenet::config::{Attention, BlockActivation, Decoder};
 use fpenet::device::{self, DeviceChoice, Precision};
 use fpenet::graph::{MAX_SIDE, MIN_SIDE};
+use fpenet::segment::Settings;
 use fpenet::{ModelConfig, Result};
 
 /// `WxH`, in pixels.
@@ -49,6 +51,10 @@ pub struct DeviceArgs {
     /// Storage of weights and activations
     #[arg(long, value_enum, default_value_t)]
     pub precision: Precision,
+    /// Storage of the blocks' expanded tensors: as the precision says, or with f16 on a GPU in 8 bits,
+    /// which costs some labels
+    #[arg(long, value_enum, value_name = "STORAGE")]
+    pub expanded: Option<Expanded>,
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub threads: Option<usize>,
@@ -57,12 +63,25 @@ pub struct DeviceArgs {
 impl DeviceArgs {
     /// Opens the device.
     pub fn open(&self) -> Result<Box<dyn Backend>> {
-        device::open(self.device, self.precision, self.threads)
+        self.keep_expanded(device::open(self.device, self.precision, self.threads)?)
     }
 
     /// Opens the device with what `fpenet tune` found for it.
     pub fn open_tuned(&self) -> Result<Box<dyn Backend>> {
-        device::open_tuned(self.device, self.precision, self.threads)
+        self.keep_expanded(device::open_tuned(self.device, self.precision, self.threads)?)
+    }
+
+    /// The same for what opens its device itself.
+    pub fn settings(&self) -> Settings {
+        let DeviceArgs { device, precision, threads, expanded } = *self;
+        Settings { device, precision, threads, expanded }
+    }
+
+    fn keep_expanded(&self, mut device: Box<dyn Backend>) -> Result<Box<dyn Backend>> {
+        match self.expanded {
+            Some(expanded) => device.keep_expanded(expanded).map(|()| device),
+            None => Ok(device),
+        }
     }
 
     /// An opened device (its kind and name) in words, and for `auto` why it is this one.

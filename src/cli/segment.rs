@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use fpenet::segment::Segmenter;
 use fpenet::segment::collect::{self, Item};
 use fpenet::segment::pipeline::{self, Segmented};
 use fpenet::segment::render::{self, Share};
-use fpenet::segment::{Segmenter, Settings};
 use fpenet::{Error, Model, bundled, files};
 
 use super::args::{DeviceArgs, Size};
@@ -55,8 +55,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         collect::collect(&args.paths)
     };
     collect::refuse_overwriting_inputs(&items, &args.out)?;
-    let DeviceArgs { device, precision, threads } = args.device;
-    let mut segmenter = Segmenter::new(&model, Settings { device, precision, threads })?;
+    let mut segmenter = Segmenter::new(&model, args.device.settings())?;
     let fresh = !args.out.exists();
     files::create_folder(&args.out)?;
 

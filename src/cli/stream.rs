@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use fpenet::segment::Segmenter;
 use fpenet::segment::input::{SizeReason, network_size};
-use fpenet::segment::{Segmenter, Settings};
 use fpenet::stream::colour::Matrix;
 use fpenet::stream::pipeline::{self, Options, Status};
 use fpenet::stream::sink::{Container, Format, Show, Sink};
@@ -96,8 +96,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(path) => Model::load(path)?,
         None => bundled::model()?,
     };
-    let DeviceArgs { device, precision, threads } = args.device;
-    let mut segmenter = Segmenter::new(&model, Settings { device, precision, threads })?;
+    let mut segmenter = Segmenter::new(&model, args.device.settings())?;
     let (kind, name) = segmenter.device();
 
     let input = open(&args)?;

@@ -184,6 +184,15 @@ fn print(prediction: &CardPrediction) -> anyhow::Result<()> {
         prediction.predicted_fps,
         prediction.roofline_fps
     )?;
+    if let Some(bytes) = &prediction.expanded_bytes {
+        say!(
+            "with the expanded tensors in 8 bits (--expanded bytes, never chosen here): {:.2} MB, \
+             roofline {:.1} us, predicted {:.1} us",
+            bytes.megabytes,
+            bytes.roofline_us,
+            bytes.predicted_us
+        )?;
+    }
     Ok(())
 }
 

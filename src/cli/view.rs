@@ -5,7 +5,6 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use fpenet::segment::Settings;
 use fpenet::view::{self, Server};
 use fpenet::{Model, bundled};
 
@@ -50,9 +49,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         None => bundled::model()?,
     };
     let model_line = describe(&model, args.model.as_ref());
-    let DeviceArgs { device, precision, threads } = args.device;
-    let settings = Settings { device, precision, threads };
-    let server = Server::new(model, settings, SocketAddr::new(args.host, args.port))?;
+    let server = Server::new(model, args.device.settings(), SocketAddr::new(args.host, args.port))?;
     say!("device   {}", args.device.explain(server.device()))?;
     say!("model    {model_line}")?;
     say!("page     {} (Ctrl-C ends)", server.url())?;

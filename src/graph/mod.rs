@@ -84,12 +84,16 @@ pub struct Node {
     /// first operand of that one: an executor that runs both at once reads all operands of a pixel
     /// before it writes a result; one that runs them one after the other is right as well.
     pub joined: bool,
+    /// Scales by which the output, never negative, may be kept in 8 bits: value = scale * byte, one
+    /// per channel, then one over each (2 x C). For executors that can; what they compute is the same
+    /// up to half a step, and what is above 255 steps is cut off.
+    pub byte_scale: Option<ParamId>,
 }
 
 impl Node {
     /// A node that runs by itself.
     pub fn new(name: impl Into<String>, op: Op, inputs: Vec<NodeId>) -> Self {
-        Node { name: name.into(), op, inputs, joined: false }
+        Node { name: name.into(), op, inputs, joined: false, byte_scale: None }
     }
 }
 

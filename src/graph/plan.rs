@@ -5,7 +5,7 @@
 //! tensors may share memory only where their lifetimes do not meet. Placement is greedy by size:
 //! the largest first, each at the lowest offset free for the whole of its lifetime.
 
-use super::{Graph, NodeId, ParamSpec, Shape};
+use super::{Graph, NodeId, ParamId, ParamSpec, Shape};
 use crate::error::{Error, Result};
 use crate::graph::params::flat_len;
 use crate::ops::Op;
@@ -103,6 +103,9 @@ pub struct Step {
     /// Whether it may run at once with the step before it; see
     /// [`Node::joined`](super::Node::joined).
     pub joined: bool,
+    /// Scale per channel of an output that may be kept in 8 bits; see
+    /// [`Node::byte_scale`](super::Node::byte_scale).
+    pub byte_scale: Option<ParamId>,
 }
 
 /// A graph with every tensor placed, ready to run on a backend.
@@ -407,6 +410,7 @@ impl<'a> Planner<'a> {
                     grad_output: grads[i].map(at),
                     grad_inputs: std::mem::take(&mut grad_inputs[i]),
                     joined: node.joined,
+                    byte_scale: node.byte_scale,
                 }
             })
             .collect();

@@ -15,6 +15,7 @@ use image::GrayImage;
 use std::collections::VecDeque;
 
 use crate::backend::Backend;
+use crate::backend::gpu::variants::Expanded;
 use crate::device::{self, DeviceChoice, Precision};
 use crate::error::{Error, Result};
 use crate::exec::Inference;
@@ -35,6 +36,8 @@ pub struct Settings {
     pub precision: Precision,
     /// CPU threads; all where none.
     pub threads: Option<usize>,
+    /// Storage of expanded tensors; what the environment says where none.
+    pub expanded: Option<Expanded>,
 }
 
 /// Labels photos of any size with one model; keeps the executors of the last sizes.
@@ -235,6 +238,9 @@ fn mode(network: NetworkSize, (width, height): (u32, u32)) -> Mode {
     if same { Mode::Labels } else { Mode::Logits }
 }
 
-fn open(Settings { device, precision, threads }: Settings) -> Result<Box<dyn Backend>> {
-    device::open_tuned(device, precision, threads)
+fn open(settings: Settings) -> Result<Box<dyn Backend>> {
+    let Settings { device, precision, threads, expanded } = settings;
+    let mut backend = device::open_tuned(device, precision, threads)?;
+    expanded.map_or(Ok(()), |expanded| backend.keep_expanded(expanded))?;
+    Ok(backend)
 }

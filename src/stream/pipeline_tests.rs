@@ -21,8 +21,12 @@ fn model() -> Model {
 }
 
 fn segmenter(model: &Model) -> Segmenter<'_> {
-    let settings =
-        Settings { device: DeviceChoice::Cpu, precision: Precision::F32, threads: Some(1) };
+    let settings = Settings {
+        device: DeviceChoice::Cpu,
+        precision: Precision::F32,
+        threads: Some(1),
+        expanded: None,
+    };
     Segmenter::new(model, settings).unwrap()
 }
 

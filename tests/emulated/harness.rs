@@ -157,6 +157,7 @@ fn run(
             saved,
             grad_output,
             joined: false,
+            byte_scale: None,
             grad_inputs: grad_inputs.clone(),
         }],
         // Lends its size to the labels only.

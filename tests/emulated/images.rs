@@ -122,8 +122,12 @@ fn batches_under_way_do_not_touch_each_other() {
 #[test]
 fn photos_of_changing_sizes_get_the_labels_that_they_get_alone() {
     let model = model();
-    let settings =
-        Settings { device: DeviceChoice::Emulated, precision: Precision::F32, threads: None };
+    let settings = Settings {
+        device: DeviceChoice::Emulated,
+        precision: Precision::F32,
+        threads: None,
+        expanded: None,
+    };
     let pixels = photos(1);
     let network = NetworkSize { width: W, height: H, reason: SizeReason::Own };
     let (own, larger) = ((W as u32, H as u32), (2 * W as u32, 50));

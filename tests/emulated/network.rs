@@ -178,6 +178,7 @@ fn tiled_cascades_in_place_change_sides() {
         name: "test".into(),
         op,
         joined: false,
+        byte_scale: None,
         grad_inputs: vec![None],
         inputs: vec![x],
         output,

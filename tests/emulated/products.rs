@@ -77,6 +77,7 @@ fn pair(c: usize, (n, h, w): (usize, usize, usize), in_place: bool, project_act:
         name: "test".into(),
         op: Op::Conv1x1(op),
         joined: false,
+        byte_scale: None,
         grad_inputs: vec![None; inputs.len()],
         inputs,
         output,

@@ -11,7 +11,7 @@ use super::control::{self, Hyper, Run};
 use super::cost;
 use super::device::{Buffer, Element, GpuDevice, LANES, Place};
 use super::lower::{self, Memory, Program, Target};
-use super::variants::Variants;
+use super::variants::{Expanded, Variants};
 use crate::backend::{
     AdamStep, Backend, Counters, Images, Mark, Output, Precision, Rgb, State, Work,
 };
@@ -26,6 +26,10 @@ const BACKWARD: u32 = 2;
 const UPDATE: u32 = 3;
 const FORWARD_RGB: u32 = 4;
 
+/// Why 8-bit storage is refused.
+const F32_BYTES: &str = "expanded=bytes: expected --precision f16, found f32; use --precision f16 or \
+                         expanded=stored";
+
 /// Training steps between two looks at the loss: some ten milliseconds of work each.
 const LOSS_INTERVAL: usize = 16;
 
@@ -37,6 +41,8 @@ pub struct GpuBackend<D> {
     device: D,
     precision: Precision,
     variants: Option<Variants>,
+    /// Storage of expanded tensors, where the caller has decided.
+    expanded: Option<Expanded>,
     /// Whether to record sequences, where the caller has decided.
     graphs: Option<bool>,
     /// Where to look for measured choices.
@@ -76,6 +82,7 @@ impl<D: GpuDevice> GpuBackend<D> {
             device,
             precision,
             variants: None,
+            expanded: None,
             cache: None,
             chosen: None,
             prepared: None,
@@ -95,7 +102,15 @@ impl<D: GpuDevice> GpuBackend<D> {
         GpuBackend { cache: Some(cache), ..self }
     }
 
+    /// What a plan is to run with: the caller's choice, the environment's, what was measured, or the
+    /// model's; how expanded tensors are kept is decided by itself.
     fn choice(&self, plan: &Plan, element: Element) -> Result<Chosen> {
+        let mut chosen = self.chosen_kernels(plan, element)?;
+        chosen.choice.variants.expanded = self.variants()?.expanded;
+        Ok(chosen)
+    }
+
+    fn chosen_kernels(&self, plan: &Plan, element: Element) -> Result<Chosen> {
         let fixed = |variants: Variants, source: Source| Chosen {
             choice: Choice { variants, ..Choice::default() },
             source,
@@ -122,12 +137,13 @@ impl<D: GpuDevice> GpuBackend<D> {
         &self.device
     }
 
-    /// The choice of kernels in force.
+    /// The choice of kernels that is in force before a plan is looked at.
     fn variants(&self) -> Result<Variants> {
-        match self.variants {
-            Some(variants) => Ok(variants),
-            None => Ok(Variants::from_env()?.unwrap_or_default()),
-        }
+        let variants = match self.variants {
+            Some(variants) => variants,
+            None => Variants::from_env()?.unwrap_or_default(),
+        };
+        Ok(Variants { expanded: self.expanded.unwrap_or(variants.expanded), ..variants })
     }
 
     fn parts(&mut self) -> Result<(&mut D, &mut Prepared)> {
@@ -248,8 +264,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
 
     fn rewrites(&self) -> Rewrites {
         // A wrong choice in the environment is reported by `prepare`.
-        let variants = self.variants().unwrap_or_default();
-        if variants.rewrites { choice::REWRITES } else { Rewrites::NONE }
+        choice::rewrites(self.variants().unwrap_or_default())
     }
 
     fn prepare(&mut self, plan: &Plan) -> Result<()> {
@@ -258,6 +273,10 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             Precision::F16 => Element::F16,
             Precision::F32 => Element::F32,
         };
+        if training && self.expanded == Some(Expanded::Bytes) {
+            let text = "expanded=bytes: expected inference, found training; use expanded=stored";
+            return Err(Error::Usage(text.into()));
+        }
         let chosen = self.choice(plan, element)?;
         let variants = chosen.choice.variants;
         self.release()?;
@@ -313,6 +332,9 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         };
         let target = Target { element, shared_limit: device.shared_memory_limit(), variants };
         let needed = lower::lower(plan, &memory, target)?;
+        if variants.expanded == Expanded::Bytes && needed.in_bytes == 0 {
+            check_no_bytes(plan, element)?;
+        }
         memory.scratch = device.alloc(needed.scratch_bytes.max(4), "scratch")?;
         memory.statistics = device.alloc(needed.statistics_bytes.max(4), "statistics")?;
         let counter_bytes = needed.counter_bytes.max(4);
@@ -589,6 +611,14 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         })
     }
 
+    fn keep_expanded(&mut self, expanded: Expanded) -> Result<()> {
+        if expanded == Expanded::Bytes && self.precision == Precision::F32 {
+            return Err(Error::Usage(F32_BYTES.into()));
+        }
+        self.expanded = Some(expanded);
+        Ok(())
+    }
+
     fn use_graphs(&mut self, on: bool) {
         self.graphs = Some(on);
         self.device.use_graphs(on);
@@ -609,6 +639,21 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             Precision::F32 => Element::F32,
         };
         Some(Key::new(self.device.identity(), plan, element))
+    }
+}
+
+/// Refuses a plan that was to have expanded tensors in 8 bits and has none, but for one that was not
+/// made for it: a step by itself, a training plan.
+fn check_no_bytes(plan: &Plan, element: Element) -> Result<()> {
+    let with_scales = plan.steps.iter().any(|step| step.byte_scale.is_some());
+    match element {
+        _ if !with_scales => Ok(()),
+        Element::F32 => Err(Error::Usage(F32_BYTES.into())),
+        Element::F16 => Err(Error::Usage(
+            "expanded=bytes: expected blocks of 32 or 64 channels with dilations of 1 or even, \
+             pairs=fused and cascade=stored, found none; use expanded=stored"
+                .into(),
+        )),
     }
 }
 

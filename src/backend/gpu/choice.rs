@@ -14,11 +14,11 @@ use super::cards::Card;
 use super::cost::{self, CommandCost, Prediction};
 use super::device::{Buffer, Element};
 use super::lower::{self, Memory, Target};
-use super::variants::Variants;
+use super::variants::{Expanded, Variants};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::graph::Plan;
 use crate::graph::passes::Rewrites;
+use crate::graph::{ParamId, Plan};
 
 /// Variable that overrides where choices are kept.
 pub const VARIABLE: &str = "FPENET_CACHE_DIR";
@@ -98,7 +98,10 @@ impl Key {
     /// The key of a plan on a device that calls itself `device`.
     pub fn new(device: String, plan: &Plan, element: Element) -> Self {
         let mut sum = crc32fast::Hasher::new();
-        for spec in &plan.params {
+        // How expanded tensors are kept is no matter of the tuner's.
+        let scales: Vec<_> = plan.steps.iter().filter_map(|step| step.byte_scale).collect();
+        let params = plan.params.iter().enumerate();
+        for (_, spec) in params.filter(|(id, _)| !scales.contains(&ParamId(*id))) {
             sum.update(spec.name.as_bytes());
             spec.shape.iter().for_each(|side| sum.update(&(*side as u64).to_le_bytes()));
         }
@@ -244,8 +247,9 @@ pub const DIMENSIONS: [(&str, &[&str]); 10] = [
     ("dependent_launch", &["off", "on"]),
 ];
 
-/// Keys of [`Variants`] that are not tried: what a plan was made with is settled before it is tuned.
-pub const SETTLED: [&str; 1] = ["rewrites"];
+/// Keys of [`Variants`] that are not tried: what a plan was made with is settled before it is tuned,
+/// and so is what changes labels.
+pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 
 /// The dimensions of this build.
 pub fn dimensions() -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
@@ -256,6 +260,12 @@ pub fn dimensions() -> impl Iterator<Item = (&'static str, &'static [&'static st
 
 /// The rewrites of the inference graph that the GPU backend asks for ([`Variants::rewrites`]).
 pub const REWRITES: Rewrites = Rewrites::ALL;
+
+/// Those that it asks for with these variants.
+pub fn rewrites(variants: Variants) -> Rewrites {
+    let exact = if variants.rewrites { REWRITES } else { Rewrites::NONE };
+    Rewrites { byte_scales: variants.expanded == Expanded::Bytes, ..exact }
+}
 
 /// The choice with one value changed.
 ///
@@ -344,7 +354,11 @@ pub fn by_model(
         Ok(Some(cost::total(&costs, card, true).expected))
     };
     // A margin: the model is not good enough to leave the default for nothing.
-    let (variants, _) = climb(Variants::default(), 0.02, predict)?;
+    // A plan with scales was made for 8 bits.
+    let bytes = element == Element::F16 && plan.steps.iter().any(|s| s.byte_scale.is_some());
+    let expanded = if bytes { Expanded::Bytes } else { Expanded::Stored };
+    let start = Variants { expanded, ..Variants::default() };
+    let (variants, _) = climb(start, 0.02, predict)?;
     let costs = work(plan, element, card.shared_per_block, variants)?;
     let graph = cost::total(&costs, card, true);
     let single = cost::total(&costs, card, false);

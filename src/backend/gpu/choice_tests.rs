@@ -36,6 +36,23 @@ fn every_variant_is_a_dimension_of_the_tuner() {
 }
 
 #[test]
+fn storage_in_bytes_is_never_tried_and_shares_what_was_measured() {
+    assert!(dimensions().all(|(key, _)| key != "expanded"));
+    let bytes = Variants { expanded: Expanded::Bytes, ..Variants::default() };
+    let config = ModelConfig { p: 1, q: 2, ..ModelConfig::default() };
+    let model = Model::init(config, 0).unwrap();
+    let wanted = (PlaneLayout::Dense, rewrites(bytes));
+    let scaled = exec::plan_inference(&model, wanted, (1, 32, 64), Mode::Labels).unwrap().0;
+    assert!(scaled.params.len() > plan((64, 32)).params.len());
+    assert_eq!(Key::new(key().device, &scaled, Element::F16), key());
+    // The model's choice is in bytes for a plan that was made for them, and for no other.
+    let chosen = |plan: &Plan, element| by_model(plan, element, &CARDS[0]).unwrap().0.variants;
+    assert_eq!(chosen(&scaled, Element::F16).expanded, Expanded::Bytes);
+    assert_eq!(chosen(&scaled, Element::F32).expanded, Expanded::Stored);
+    assert_eq!(chosen(&plan((64, 32)), Element::F16).expanded, Expanded::Stored);
+}
+
+#[test]
 fn what_is_stored_is_found_again_under_the_same_key_alone() {
     let folder = tempfile::tempdir().unwrap();
     let cache = Cache::at(folder.path().join("below"));

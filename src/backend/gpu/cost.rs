@@ -276,7 +276,8 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
         }
         "pair" => {
             let weights = group.parameters();
-            (size * (read + written + weights), size * (blocks - 1) * weights, 2 * macs)
+            let moved = size * (read + written + weights) - in_bytes(group, launch, size);
+            (moved, size * (blocks - 1) * weights, 2 * macs)
         }
         "depthwise_forward" => {
             let elements = planes * step.output.shape.plane();
@@ -286,7 +287,8 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
         }
         "cascade_forward" | "cascade_walk" => {
             let again = cascade_loads(step, launch).saturating_sub(read);
-            (whole, size * again, 20 * output)
+            let stored = if launch.kernel.ends_with("_u8") { 1 } else { size };
+            (whole - in_bytes(group, launch, size), stored * again, 20 * output)
         }
         "decoder_spatial"
         | "weighted_pool_gather"
@@ -376,6 +378,19 @@ fn decoder(class: &str, launch: &Launch, size: usize, whole: usize) -> (usize, u
             let bytes = size * (classes * low + (inputs + 1) * pixels) + labels;
             (n * bytes, 0, n * classes * (pixels * (2 * inputs + 8) + 8 * labels))
         }
+    }
+}
+
+/// What a kernel that reads or writes its expanded tensor in 8 bits moves less than one that does not.
+fn in_bytes(group: &Group, launch: &Launch, size: usize) -> usize {
+    let saved = |tensor: &Tensor| (size - 1) * tensor.shape.len();
+    let read = || saved(&group.first().inputs[0]);
+    let written = || saved(&group.steps[group.steps.len() - 1].output);
+    match launch.kernel {
+        kernel if kernel.ends_with("_to_u8") => written(),
+        kernel if kernel.ends_with("_from_u8") => read(),
+        kernel if kernel.ends_with("_u8") => read() + written(),
+        _ => 0,
     }
 }
 

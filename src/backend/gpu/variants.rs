@@ -1,5 +1,6 @@
 //! Which of several kernels does a piece of work. Every choice gives the same result up to
-//! rounding; which is fastest depends on the card, the size and the precision.
+//! rounding ([`Expanded::Bytes`] to that of 8 bits); which is fastest depends on the card, the size
+//! and the precision.
 
 use std::str::FromStr;
 
@@ -35,6 +36,18 @@ pub enum CascadePlanes {
     Wide,
     /// The tensors' own storage: with f16 tensors half the shared memory.
     Stored,
+}
+
+/// What the expanded tensor of a stride-1 block is stored in, between the kernel that makes a pair
+/// and the cascade, in inference with half-precision tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Expanded {
+    /// As all tensors are.
+    Stored,
+    /// 8 bits without a sign and a scale per channel: half the bytes, and a rounding that shows in
+    /// some labels. Only where it is asked for; the tuner never tries it.
+    Bytes,
 }
 
 /// How the collapsed decoder runs.
@@ -84,6 +97,8 @@ pub struct Variants {
     /// Most shared memory of a cascade's block in KB, which decides its tile; 0 for what the device
     /// allows. Smaller tiles load wider halos and fill more multiprocessors.
     pub cascade_kb: usize,
+    /// Storage of expanded tensors.
+    pub expanded: Expanded,
     /// Whether inference runs the graph that saves work: strided blocks on the even grid, the decoder
     /// collapsed into the classifier ([`Rewrites`](crate::graph::passes::Rewrites)).
     pub rewrites: bool,
@@ -107,6 +122,7 @@ impl Default for Variants {
             stage_weights: true,
             cascade: CascadePlanes::Stored,
             cascade_kb: 0,
+            expanded: Expanded::Stored,
             rewrites: true,
             decoder: Decoder::Grouped,
             stem: Stem::Fused,
@@ -125,6 +141,7 @@ impl Variants {
         stage_weights: false,
         cascade: CascadePlanes::Wide,
         cascade_kb: 0,
+        expanded: Expanded::Stored,
         rewrites: false,
         decoder: Decoder::Separate,
         stem: Stem::Separate,
@@ -179,6 +196,10 @@ impl Variants {
                 let kb = value.parse().ok().filter(|kb| *kb <= 1024);
                 self.cascade_kb = kb.ok_or("a number from 0 to 1024")?;
             }
+            "expanded" => {
+                let names = [("stored", Expanded::Stored), ("bytes", Expanded::Bytes)];
+                self.expanded = one_of(value, &names, "stored or bytes")?;
+            }
             "rewrites" => self.rewrites = one_of(value, &SWITCH, "on or off")?,
             "decoder" => {
                 let names = [("separate", Decoder::Separate), ("grouped", Decoder::Grouped)];
@@ -201,8 +222,8 @@ impl Variants {
     }
 }
 
-const KEYS: &str = "one of products, pairs, pair_pixels, stage_weights, cascade, cascade_kb, rewrites, decoder, \
-                    stem, strided, dependent_launch";
+const KEYS: &str = "one of products, pairs, pair_pixels, stage_weights, cascade, cascade_kb, expanded, rewrites, \
+                    decoder, stem, strided, dependent_launch";
 /// `on` and `off`.
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
@@ -221,6 +242,10 @@ impl std::fmt::Display for Variants {
             CascadePlanes::Wide => "wide",
             CascadePlanes::Stored => "stored",
         };
+        let expanded = match self.expanded {
+            Expanded::Stored => "stored",
+            Expanded::Bytes => "bytes",
+        };
         let decoder = match self.decoder {
             Decoder::Separate => "separate",
             Decoder::Grouped => "grouped",
@@ -237,7 +262,7 @@ impl std::fmt::Display for Variants {
         write!(
             f,
             "products={products},pairs={pairs},pair_pixels={},stage_weights={},cascade={cascade},\
-             cascade_kb={},rewrites={},decoder={decoder},stem={stem},strided={strided},\
+             cascade_kb={},expanded={expanded},rewrites={},decoder={decoder},stem={stem},strided={strided},\
              dependent_launch={}",
             self.pair_pixels,
             switch(self.stage_weights),

@@ -1,6 +1,7 @@
 //! Graph rewrites. Training runs [`for_training`], inference [`for_inference`], which every
 //! backend understands, and those of [`Rewrites`] that its backend asks for.
 
+mod byte_scales;
 mod collapse;
 mod even_grid;
 mod fold;
@@ -13,6 +14,7 @@ use crate::ops::{Act, Op};
 
 /// Rewrites beyond [`for_inference`] that save work without changing the function computed. Each
 /// is exact up to rounding, and each needs operators or an executor that not every backend has.
+/// Scales for 8-bit storage are the exception, and never asked for by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rewrites {
     /// The even-dilated branches of strided blocks on the even rows and columns only.
@@ -22,15 +24,26 @@ pub struct Rewrites {
     pub collapse_decoder: bool,
     /// A block's projection and the next one's expansion as one step.
     pub join_pointwise: bool,
+    /// Scales by which the expanded tensors of stride-1 blocks may be kept in 8 bits
+    /// ([`Node::byte_scale`]); what is computed is the same up to half a step of theirs.
+    pub byte_scales: bool,
 }
 
 impl Rewrites {
     /// The plain graph of [`for_inference`].
-    pub const NONE: Rewrites =
-        Rewrites { even_grid: false, collapse_decoder: false, join_pointwise: false };
-    /// Everything.
-    pub const ALL: Rewrites =
-        Rewrites { even_grid: true, collapse_decoder: true, join_pointwise: true };
+    pub const NONE: Rewrites = Rewrites {
+        even_grid: false,
+        collapse_decoder: false,
+        join_pointwise: false,
+        byte_scales: false,
+    };
+    /// Everything that is exact.
+    pub const ALL: Rewrites = Rewrites {
+        even_grid: true,
+        collapse_decoder: true,
+        join_pointwise: true,
+        byte_scales: false,
+    };
 }
 
 /// [`for_inference`] and the given rewrites.
@@ -39,12 +52,16 @@ pub fn for_inference_with(
     params: &ParamStore,
     rewrites: Rewrites,
 ) -> (Graph, ParamStore) {
+    let trained = (graph, params);
     let (mut graph, mut params) = for_inference(graph, params);
     if rewrites.even_grid {
         (graph, params) = even_grid::rewrite(&graph, &params);
     }
     if rewrites.collapse_decoder {
         (graph, params) = collapse::rewrite(&graph, &params);
+    }
+    if rewrites.byte_scales {
+        (graph, params) = byte_scales::rewrite(&graph, &params, trained);
     }
     if rewrites.join_pointwise {
         graph = join::rewrite(graph);

@@ -86,6 +86,19 @@ impl<'a> Rewriter<'a> {
         self.moved[id.0] = Some(new);
     }
 
+    /// Keeps an old node, with a scale per channel for 8-bit storage of its output.
+    pub(super) fn keep_in_bytes(&mut self, id: NodeId, mut scales: Vec<f32>) {
+        self.keep(id);
+        let (name, channels) = (format!("{}.byte_scale", self.graph.node(id).name), scales.len());
+        scales.extend_from_within(..);
+        scales[channels..].iter_mut().for_each(|scale| *scale = 1.0 / *scale);
+        // Like a variance, not trained.
+        let scale = self.params.push(name, vec![2, channels], ParamRole::RunningVar, scales);
+        if let Some(node) = self.nodes.last_mut() {
+            node.byte_scale = Some(scale);
+        }
+    }
+
     /// Lets the consumers of an old node read a new one.
     pub(super) fn replace(&mut self, id: NodeId, new: NodeId) {
         self.moved[id.0] = Some(new);

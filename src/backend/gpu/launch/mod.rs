@@ -424,6 +424,19 @@ pub fn pair_tiling(
     fitting.clone().find(|tiling| tiling.pixels <= pixels).or_else(|| fitting.next_back())
 }
 
+/// The entry point like `kernel` that leaves bytes, from halves or from bytes.
+pub fn pair_in_bytes(kernel: &'static str, from_bytes: bool) -> &'static str {
+    let (to, both) = match kernel {
+        "pair_f16_c32_p128" => ("pair_f16_c32_p128_to_u8", "pair_f16_c32_p128_u8"),
+        "pair_f16_c32_p64" => ("pair_f16_c32_p64_to_u8", "pair_f16_c32_p64_u8"),
+        "pair_f16_c64_p64" => ("pair_f16_c64_p64_to_u8", "pair_f16_c64_p64_u8"),
+        "pair_f16_c64_p32" => ("pair_f16_c64_p32_to_u8", "pair_f16_c64_p32_u8"),
+        // No other kernel of a pair works on halves.
+        other => (other, other),
+    };
+    if from_bytes { both } else { to }
+}
+
 /// pe.cu: a block per tile of pixels.
 pub fn pair(tiling: PairTiling, output: Shape, args: Vec<Arg>) -> Launch {
     let grid = grid(output.plane().div_ceil(tiling.pixels), 1, output.n);

@@ -3,9 +3,9 @@
 use super::products::{self, dense_like};
 use super::{Lowering, Typed, act_code, args, scores};
 use crate::backend::gpu::device::{Buffer, Place};
-use crate::backend::gpu::launch::{self, Arg, CascadeShape};
+use crate::backend::gpu::launch::{self, Arg, CascadeShape, CascadeTiling};
 use crate::backend::gpu::variants::CascadePlanes;
-use crate::graph::{ParamId, Step, Tensor};
+use crate::graph::{ParamId, Shape, Step, Tensor};
 use crate::ops::batch_norm::{EPS, MOMENTUM};
 use crate::ops::{Act, BnParams, Cascade, Conv3x3, Norm, Op};
 
@@ -266,22 +266,75 @@ fn batch_norm(low: &mut Lowering, norm: &Norms, residual: Option<&Tensor>) {
     low.launch(launch::planes(name, shape, args));
 }
 
-/// Folded cascade: all branches in one launch where a tile fits into shared memory, else branch by
-/// branch.
-fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: &Tensor) {
-    let shape = CascadeShape {
+/// Where planes are, with their strides in elements of whatever they hold.
+#[derive(Clone, Copy)]
+pub(super) struct Planes {
+    pub at: Place,
+    pub batch_stride: usize,
+    pub plane_stride: usize,
+}
+
+impl Planes {
+    pub fn of(low: &Lowering, tensor: &Tensor) -> Self {
+        let Tensor { batch_stride, plane_stride, .. } = *tensor;
+        Planes { at: low.at(tensor), batch_stride, plane_stride }
+    }
+}
+
+fn cascade_shape<'a>(op: &'a Cascade, x: &Tensor, y: &Tensor) -> CascadeShape<'a> {
+    CascadeShape {
         dilations: &op.dilations,
         addition: op.addition,
         stride: op.stride,
         input: (x.shape.h, x.shape.w),
         output: (y.shape.h, y.shape.w),
-    };
-    let limit = low.cascade_limit();
+    }
+}
+
+/// How cascade_walk.cu covers a plane, where it can.
+pub(super) fn walk_tiling(
+    low: &Lowering,
+    op: &Cascade,
+    x: &Tensor,
+    y: &Tensor,
+) -> Option<CascadeTiling> {
+    cascade_shape(op, x, y).walk_tiling(low.element, low.cascade_limit())
+}
+
+/// Dilations of up to four branches, then the offsets of their weights and of their biases.
+fn branch_args(low: &Lowering, op: &Cascade, biases: &[ParamId]) -> Vec<Arg> {
+    let four =
+        |values: Vec<usize>| (0..4).map(move |i| Arg::from(values.get(i).copied().unwrap_or(0)));
+    let offset = |ids: &[ParamId]| ids.iter().map(|&id| low.plan.param(id).start).collect();
+    let offsets = four(offset(&op.weights)).chain(four(offset(biases)));
+    four(op.dilations.clone()).chain(offsets).collect()
+}
+
+/// Arguments of cascade_walk.cu for an input of this shape and result.
+pub(super) fn walk_args(
+    low: &Lowering,
+    op: &Cascade,
+    biases: &[ParamId],
+    tiling: CascadeTiling,
+    shape: Shape,
+    [x, y]: [Planes; 2],
+) -> Vec<Arg> {
+    let mut args = args![x.at, y.at, low.memory.params, op.dilations.len(), op.addition];
+    args.extend(branch_args(low, op, biases));
+    args.extend(args![tiling.region, tiling.tile_h, tiling.tile_w, shape.h, shape.w]);
+    args.extend(args![x.batch_stride, x.plane_stride, y.batch_stride, y.plane_stride]);
+    args
+}
+
+/// Folded cascade: all branches in one launch where a tile fits into shared memory, else branch by
+/// branch.
+fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: &Tensor) {
     let walk = match low.variants.cascade {
-        CascadePlanes::Stored => shape.walk_tiling(low.element, limit),
+        CascadePlanes::Stored => walk_tiling(low, op, x, y),
         CascadePlanes::Wide => None,
     };
-    let tiling = walk.or_else(|| shape.tiling(limit));
+    let shape = cascade_shape(op, x, y);
+    let tiling = walk.or_else(|| shape.tiling(low.cascade_limit()));
     let whole = tiling.is_some_and(|t| (t.tile_h, t.tile_w) == shape.output);
     // Blocks that share a plane would overwrite what a neighbour's halo still needs.
     let mut target = low.at(y);
@@ -302,38 +355,34 @@ fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: 
     } else {
         (low.at(x), *x)
     };
+    if let Some(tiling) = walk {
+        let planes = |at: Place, tensor: &Tensor| Planes { at, ..Planes::of(low, tensor) };
+        let planes = [planes(source.0, &source.1), planes(target, y)];
+        let args = walk_args(low, op, biases, tiling, x.shape, planes);
+        let name = low.name(Typed { f32: "cascade_walk_f32", f16: "cascade_walk_f16" });
+        low.launch(launch::cascade_walk(name, tiling, y.shape, op.width(), args));
+        return;
+    }
     match tiling {
         Some(tiling) => {
-            let four = |values: Vec<usize>| {
-                (0..4).map(move |i| Arg::from(values.get(i).copied().unwrap_or(0)))
-            };
-            let offset = |ids: &[ParamId]| ids.iter().map(|&id| low.plan.param(id).start).collect();
             let mut args = args![source.0, target, low.memory.params];
-            args.extend(args![op.dilations.len(), op.addition]);
-            if walk.is_none() {
-                args.push(Arg::from(op.stride));
-            }
-            args.extend(four(op.dilations.clone()));
-            args.extend(four(offset(&op.weights)));
-            args.extend(four(offset(biases)));
-            args.extend(args![tiling.region, tiling.tile_h, tiling.tile_w, x.shape.h, x.shape.w]);
-            if walk.is_none() {
-                args.extend(args![y.shape.h, y.shape.w]);
-            }
+            args.extend(args![op.dilations.len(), op.addition, op.stride]);
+            args.extend(branch_args(low, op, biases));
             args.extend(args![
+                tiling.region,
+                tiling.tile_h,
+                tiling.tile_w,
+                x.shape.h,
+                x.shape.w,
+                y.shape.h,
+                y.shape.w,
                 source.1.batch_stride,
                 source.1.plane_stride,
                 y.batch_stride,
                 y.plane_stride,
             ]);
-            low.launch(if walk.is_some() {
-                let name = low.name(Typed { f32: "cascade_walk_f32", f16: "cascade_walk_f16" });
-                launch::cascade_walk(name, tiling, y.shape, op.width(), args)
-            } else {
-                let name =
-                    low.name(Typed { f32: "cascade_forward_f32", f16: "cascade_forward_f16" });
-                launch::cascade_forward(name, tiling, y.shape, op.width(), args)
-            });
+            let name = low.name(Typed { f32: "cascade_forward_f32", f16: "cascade_forward_f16" });
+            low.launch(launch::cascade_forward(name, tiling, y.shape, op.width(), args));
         }
         None => {
             for (i, bias) in biases.iter().enumerate() {

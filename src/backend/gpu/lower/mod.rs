@@ -1,6 +1,7 @@
 //! Lowering: every step of a plan becomes kernel launches and matrix products, once per plan.
 
 mod backward;
+mod bytes;
 mod decoder;
 mod forward;
 mod products;
@@ -67,6 +68,8 @@ pub struct Program {
     pub backward: Vec<Command>,
     /// Adam from the gradients at hand ([`Mode::Training`]).
     pub update: Vec<Command>,
+    /// Expanded tensors that are kept in 8 bits.
+    pub in_bytes: usize,
     /// Bytes of scratch that the commands use.
     pub scratch_bytes: usize,
     /// Bytes of [`Memory::statistics`] that they use.
@@ -122,6 +125,8 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         counter_bytes: 0,
         labelled: false,
         twins: Vec::new(),
+        bytes: None,
+        in_bytes: 0,
     };
     let mut program = Program::default();
     let mut decoder = decoder::find(plan, target.variants.decoder);
@@ -167,6 +172,7 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         backward::update(&mut lowering);
         program.update = std::mem::take(&mut lowering.commands);
     }
+    program.in_bytes = lowering.in_bytes;
     program.scratch_bytes = lowering.scratch_peak;
     program.statistics_bytes = lowering.statistics_bytes;
     program.counter_bytes = lowering.counter_bytes;
@@ -191,7 +197,10 @@ fn over_rgb(low: &mut Lowering, program: &Program, rgb: [Buffer; 2]) -> bool {
 
 /// The kernels that do several steps at once: how many they did, 0 where they do not apply.
 fn several(low: &mut Lowering, steps: &[Step]) -> usize {
-    if stem::block(low, steps, None) {
+    // Nothing else may come upon a tensor in bytes.
+    if bytes::cascade(low, steps) {
+        1
+    } else if stem::block(low, steps, None) {
         4
     } else if strided::block(low, steps) {
         6
@@ -264,6 +273,10 @@ struct Lowering<'a> {
     labelled: bool,
     /// Tensors with a second place in scratch.
     twins: Vec<Twin>,
+    /// The expanded tensor that is in 8 bits at the moment.
+    bytes: Option<bytes::Bytes>,
+    /// How many were so far.
+    in_bytes: usize,
 }
 
 /// A tensor that is now here, now there: what cannot be done in place goes to the other side.
@@ -306,13 +319,18 @@ impl Lowering<'_> {
         Place { buffer: self.memory.arena, byte_offset }
     }
 
+    /// Whether a tensor is dense and nobody relies on its place.
+    fn movable(&self, tensor: &Tensor) -> bool {
+        let dense = tensor.plane_stride == tensor.shape.plane()
+            && tensor.batch_stride == tensor.shape.c * tensor.plane_stride;
+        let mut kept = self.plan.named.iter().map(|(_, tensor)| tensor).chain([&self.plan.logits]);
+        dense && kept.all(|kept| kept != tensor)
+    }
+
     /// Where a tensor is not at the moment, from now on its place; None for one whose place others
     /// rely on.
     fn other_side(&mut self, tensor: &Tensor) -> Option<Place> {
-        let dense = tensor.plane_stride == tensor.shape.plane()
-            && tensor.batch_stride == tensor.shape.c * tensor.plane_stride;
-        let named = self.plan.named.iter().map(|(_, tensor)| tensor);
-        if !dense || named.chain([&self.plan.logits]).any(|kept| kept == tensor) {
+        if !self.movable(tensor) {
             return None;
         }
         let known = self.twins.iter().position(|twin| twin.tensor == *tensor);

@@ -1,8 +1,10 @@
 //! 1x1 convolutions: by cuBLAS, by one kernel each, or two of them in one launch.
 
+use super::bytes::{self, Bytes};
+use super::forward::Planes;
 use super::{Lowering, Typed, act_code, args, overlap, read_later};
 use crate::backend::gpu::device::Element;
-use crate::backend::gpu::launch::{self, Arg, Gemm, Matrix};
+use crate::backend::gpu::launch::{self, Arg, Gemm, Matrix, PairTiling};
 use crate::backend::gpu::variants::{Pairs, Products};
 use crate::graph::{Mode, Step, Tensor};
 use crate::ops::{Act, Conv1x1, Op};
@@ -87,11 +89,24 @@ fn by_kernel(
     low.launch(launch);
 }
 
-/// A projection and the expansion of its result in one launch, where the kernel has their shapes and
-/// the plan leaves it the room; false where it does not.
-pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
-    let [first, second, ..] = steps else { return false };
-    let (Op::Conv1x1(project), Op::Conv1x1(expand)) = (&first.op, &second.op) else { return false };
+/// A projection and the expansion of its result that one launch can do.
+pub(super) struct Pair<'a> {
+    project: &'a Conv1x1,
+    expand: &'a Conv1x1,
+    pub x: &'a Tensor,
+    residual: Option<&'a Tensor>,
+    y: &'a Tensor,
+    z: &'a Tensor,
+    tiling: PairTiling,
+}
+
+/// The pair that the steps begin with, where the kernel has their shapes and the plan leaves it the
+/// room.
+pub(super) fn find_pair<'a>(low: &Lowering, steps: &'a [Step]) -> Option<Pair<'a>> {
+    let [first, second, ..] = steps else { return None };
+    let (Op::Conv1x1(project), Op::Conv1x1(expand)) = (&first.op, &second.op) else {
+        return None;
+    };
     let (x, residual, y, z) =
         (&first.inputs[0], first.inputs.get(1), &first.output, &second.output);
     let width = project.out_channels;
@@ -104,34 +119,60 @@ pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
     // Blocks write z while others still read x and the residual.
     let apart = |other: &Tensor| !overlap(z, other);
     if !fits || !(apart(x) || z == x) || !residual.is_none_or(apart) {
-        return false;
+        return None;
     }
     let (pixels, stage) = (low.variants.pair_pixels, low.variants.stage_weights);
-    let tiling = launch::pair_tiling(low.element, width, pixels, stage, low.shared_limit);
-    let Some(tiling) = tiling else { return false };
+    let tiling = launch::pair_tiling(low.element, width, pixels, stage, low.shared_limit)?;
+    Some(Pair { project, expand, x, residual, y, z, tiling })
+}
+
+/// A projection and the expansion of its result in one launch; false where that cannot be.
+pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
+    let Some(found) = find_pair(low, steps) else { return false };
+    let Pair { project, expand, x, residual, y, z, mut tiling } = found;
+    let left = bytes::left_by_expansion(low, &steps[1..]).map(|scale| Bytes::new(low, z, scale));
+    let mut from = Planes::of(low, x);
+    let read = low.take_bytes(x);
+    if let Some(read) = read {
+        from = read.planes(from.at);
+    }
+    let mut to = Planes::of(low, z);
+    if let Some(left) = left {
+        // Halves have other places than bytes: those of x, and those that the cascade leaves.
+        let over_halves = read.is_none() && z == x;
+        if over_halves || bytes::left_by_cascade(low, &steps[2..]).is_none() {
+            to.at = low.other_side(z).unwrap_or(to.at);
+        }
+        to = left.planes(to.at);
+        tiling.kernel = launch::pair_in_bytes(tiling.kernel, read.is_some());
+    }
     let mut args = args![
-        low.at(x),
+        from.at,
         low.param_stored(project.weight),
         project.bias.map(|b| low.param(b)),
         residual.map(|r| low.at(r)),
         low.at(y),
         low.param_stored(expand.weight),
         expand.bias.map(|b| low.param(b)),
-        low.at(z),
+        to.at,
         act_code(project.act),
         act_code(expand.act),
         y.shape.plane(),
-        x.batch_stride,
-        x.plane_stride,
+        from.batch_stride,
+        from.plane_stride,
         residual.map_or(0, |r| r.batch_stride),
         residual.map_or(0, |r| r.plane_stride),
         y.batch_stride,
         y.plane_stride,
-        z.batch_stride,
-        z.plane_stride,
+        to.batch_stride,
+        to.plane_stride,
     ];
     if low.element == Element::F16 {
         args.push(Arg::from(tiling.staged));
+    }
+    if let Some(left) = left {
+        args.extend(args![read.map(|read| read.scales()), left.inverses()]);
+        low.put_bytes(left);
     }
     low.launch(launch::pair(tiling, y.shape, args));
     true
