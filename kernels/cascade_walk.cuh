@@ -93,21 +93,21 @@ __device__ __forceinline__ Row read_row(const T* line, bool inside, int column, 
     return {before, middle, after};
 }
 
-// Outputs of one branch, and what becomes of them. X and Y are what planes in memory hold.
-template <typename T, typename X, typename Y>
+// Outputs of one branch, and what becomes of them. M is what planes in memory hold.
+template <typename T, typename M>
 struct Branch {
     int y0, y1, x0, x1;      // computed
     int ty0, ty1, tx0, tx1;  // written to memory
     int d, w;
-    Y* out;          // the branch's plane
-    const X* next;   // the next branch's input, where it takes this one in
+    M* out;          // the branch's plane
+    const M* next;   // the next branch's input, where it takes this one in
     T* carried;      // the region that this makes of it
     float out_inverse, next_scale;
 };
 
 // PAIRED: pairs of columns can be moved at once in memory.
-template <bool NEXT, bool PAIRED, typename T, typename X, typename Y>
-__device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<T, X, Y>& op,
+template <bool NEXT, bool PAIRED, typename T, typename M>
+__device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<T, M>& op,
                                      const float (&k)[9], float bias) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int d = op.d, segments = (warps + d - 1) / d;
@@ -168,12 +168,12 @@ __device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<
 }
 
 // A region of a plane into shared memory.
-template <typename T, typename X>
-__device__ __forceinline__ void fetch(const X* plane, float scale, const Region& in, int w,
+template <typename T, typename M>
+__device__ __forceinline__ void fetch(const M* plane, float scale, const Region& in, int w,
                                       bool paired, T* s) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     for (int y = in.y0 + warp; y < in.y1; y += warps) {
-        const X* row = plane + static_cast<size_t>(y) * w + in.x0;
+        const M* row = plane + static_cast<size_t>(y) * w + in.x0;
         T* to = s + (y - in.y0) * in.pitch;
         for (int x = 2 * lane; x < in.pitch; x += 64) {
             Pair v;
@@ -189,8 +189,8 @@ __device__ __forceinline__ void fetch(const X* plane, float scale, const Region&
 }
 
 // A whole plane of bytes is one row, to be moved 16 pixels at a time.
-template <typename T, typename X>
-__device__ __forceinline__ bool fetch_wide(const X*, float, const Region&, int, int, T*) {
+template <typename T, typename M>
+__device__ __forceinline__ bool fetch_wide(const M*, float, const Region&, int, int, T*) {
     return false;
 }
 
@@ -206,12 +206,12 @@ __device__ __forceinline__ bool fetch_wide(const Byte* plane, float scale, const
     return true;
 }
 
-// A cascade's operands, in the order of the kernels' parameters. T is what shared memory holds, X and
-// Y what memory does.
-template <typename T, typename X = T, typename Y = T>
+// A cascade's operands, in the order of the kernels' parameters. T is what shared memory holds, M what
+// memory does.
+template <typename T, typename M = T>
 struct Cascade {
-    const X* x;
-    Y* y;
+    const M* x;
+    M* y;
     const float* params;
     int branches, addition;
     Four dilations, weights, biases;  // offsets of weights and biases in params
@@ -227,12 +227,12 @@ struct Cascade {
 };
 
 // One tile of one of `chains` chains; `s` is shared memory of two regions.
-template <typename T, typename X, typename Y>
-__device__ __forceinline__ void cascade_tile(const Cascade<T, X, Y>& cascade, int tile, int chain,
+template <typename T, typename M>
+__device__ __forceinline__ void cascade_tile(const Cascade<T, M>& cascade, int tile, int chain,
                                              int chains, int image, T* s) {
-    constexpr bool X_BYTES = sizeof(X) == 1, Y_BYTES = sizeof(Y) == 1;
-    const X* x = cascade.x;
-    Y* y = cascade.y;
+    constexpr bool BYTES = sizeof(M) == 1;
+    const M* x = cascade.x;
+    M* y = cascade.y;
     const int h = cascade.h, w = cascade.w, tile_h = cascade.tile_h, tile_w = cascade.tile_w;
     const int branches = cascade.branches, addition = cascade.addition;
     const int x_batch = cascade.x_batch, x_plane = cascade.x_plane;
@@ -240,13 +240,12 @@ __device__ __forceinline__ void cascade_tile(const Cascade<T, X, Y>& cascade, in
     const Four& dilations = cascade.dilations;
     T* other = s + cascade.region;
     const int tiles_x = (w + tile_w - 1) / tile_w;
-    Branch<T, X, Y> op;
+    Branch<T, M> op;
     op.ty0 = tile / tiles_x * tile_h, op.ty1 = min(op.ty0 + tile_h, h);
     op.tx0 = tile % tiles_x * tile_w, op.tx1 = min(op.tx0 + tile_w, w);
     op.w = w;
     const bool paired = w % 2 == 0 && (x_batch | x_plane | y_batch | y_plane) % 2 == 0 &&
-                reinterpret_cast<size_t>(x) % (2 * sizeof(X)) == 0 &&
-                reinterpret_cast<size_t>(y) % (2 * sizeof(Y)) == 0;
+                (reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(y)) % (2 * sizeof(M)) == 0;
 
     // How far beyond the tile the following branches read, and the first branch with them.
     int reach = 0, halo = 0;
@@ -259,8 +258,8 @@ __device__ __forceinline__ void cascade_tile(const Cascade<T, X, Y>& cascade, in
     in.x0 = max(op.tx0 - halo, 0) & ~1;
     in.pitch = (min(op.tx1 + halo, w) - in.x0 + 1) & ~1;
 
-    const float scale = X_BYTES ? cascade.x_scales[chain] : 1.0f;
-    const X* plane = x + plane_at(image, x_batch, chain, x_plane);
+    const float scale = BYTES ? cascade.x_scales[chain] : 1.0f;
+    const M* plane = x + plane_at(image, x_batch, chain, x_plane);
     if (!fetch_wide(plane, scale, in, w, h * w, s)) fetch(plane, scale, in, w, paired, s);
     __syncthreads();
     for (int branch = 0; branch < branches; ++branch) {
@@ -270,14 +269,14 @@ __device__ __forceinline__ void cascade_tile(const Cascade<T, X, Y>& cascade, in
         op.x0 = max(op.tx0 - reach, 0) & ~1, op.x1 = min(op.tx1 + reach, w);
         op.out = y + plane_at(image, y_batch, branch * chains + chain, y_plane);
         const bool more = branch + 1 < branches;
-        const X* next = more ? x + plane_at(image, x_batch, (branch + 1) * chains + chain,
+        const M* next = more ? x + plane_at(image, x_batch, (branch + 1) * chains + chain,
                                             x_plane)
                              : nullptr;
         op.next = addition ? next : nullptr;
         op.carried = other;
         const int channel = branch * chains + chain;
-        op.out_inverse = Y_BYTES ? cascade.y_inverses[channel] : 1.0f;
-        op.next_scale = X_BYTES && more ? cascade.x_scales[channel + chains] : 1.0f;
+        op.out_inverse = BYTES ? cascade.y_inverses[channel] : 1.0f;
+        op.next_scale = BYTES && more ? cascade.x_scales[channel + chains] : 1.0f;
 
         float k[9];
         const float* kernel = cascade.params + cascade.weights.at(branch) + 9 * chain;

@@ -1,5 +1,6 @@
 // Projection with the next expansion (pe.cu) around expanded tensors in 8 bits: halves to bytes in a
-// stage's first pair, bytes to bytes in the others (lower/bytes.rs).
+// stage's first pair, bytes to bytes in the others, and without z a stage's last projection
+// (lower/bytes.rs).
 //
 // x comes 16 pixels at a time and goes into shared memory as halves, times its channel's scale; z gets
 // its scale in f32, behind bias and ReLU. All between is pe.cu's, launch and shared memory as well.

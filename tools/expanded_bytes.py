@@ -2,8 +2,7 @@
 """What 8-bit storage of the blocks' expanded tensors does to labels and mIoU, in PyTorch.
 
 Simulates `--expanded bytes`: in every stride-1 block of stages 2 and 3 the expansion's output and the
-branches' outputs (but for a stage's last block, which leaves halves) are rounded to 256 steps per
-channel; all arithmetic is f32. Compares ways to choose the steps, the engine's among them
+branches' outputs are rounded to 256 steps per channel; all arithmetic is f32. Compares ways to choose the steps, the engine's among them
 (src/graph/passes/byte_scales.rs: 255 steps reach 8 deviations of the batch norm above its mean), with
 the network as it is, on the frames of a CamVid split, and prints Markdown.
 
@@ -119,10 +118,8 @@ class Calibration:
         return {key: at(key).clamp(min=SMALLEST) / 255 for key in self.top}
 
 
-def in_bytes(scales: Scales, last: set[str]) -> Storage:
+def in_bytes(scales: Scales) -> Storage:
     def storage(name: str, which: str, x: Tensor) -> Tensor:
-        if which == "y" and name in last:
-            return x.half().float()
         scale = scales[name, which].view(1, -1, 1, 1)
         return (x / scale).round().clamp(0, 255) * scale
     return storage
@@ -188,7 +185,6 @@ def main() -> None:
     model, labels = fpenet_torch.load_model(arguments.model)
     model.eval()
     blocks = blocks_of(model)
-    last = {f"stage2.{len(model.stage2) - 1}", f"stage3.{len(model.stage3) - 1}"}
 
     def names(split: str) -> list[str]:
         return (arguments.data / f"{split}.txt").read_text().split()
@@ -211,10 +207,10 @@ def main() -> None:
         for deviations in (6, DEVIATIONS, 10, 12):
             note = ": `--expanded bytes`" if deviations == DEVIATIONS else ""
             scales = by_batch_norm(blocks, deviations)
-            ways[f"8 bits, mean + {deviations:.0f} deviations{note}"] = in_bytes(scales, last)
-        ways[f"8 bits, {largest}"] = in_bytes(calibration.scales(0), last)
-        ways["8 bits, 99.99 % of the values there"] = in_bytes(calibration.scales(1e-4), last)
-        ways["8 bits, 99.9 % of the values there"] = in_bytes(calibration.scales(1e-3), last)
+            ways[f"8 bits, mean + {deviations:.0f} deviations{note}"] = in_bytes(scales)
+        ways[f"8 bits, {largest}"] = in_bytes(calibration.scales(0))
+        ways["8 bits, 99.99 % of the values there"] = in_bytes(calibration.scales(1e-4))
+        ways["8 bits, 99.9 % of the values there"] = in_bytes(calibration.scales(1e-3))
 
         chosen = names(arguments.split)
         if arguments.frames:

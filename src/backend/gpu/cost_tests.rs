@@ -54,19 +54,14 @@ fn expanded_tensors_in_bytes_move_fewer_bytes_and_nothing_else_changes() {
     let bytes = choice::work(&plan, Element::F16, 228 << 10, variants).unwrap();
     let stored = work(Element::F16, 228 << 10, Variants::default());
     assert_eq!(bytes.len(), stored.len());
-    let moved = |costs: &[CommandCost], class: &str| {
-        let of = costs.iter().filter(|cost| cost.class() == class);
-        of.map(|cost| cost.bytes).sum::<u64>()
-    };
-    // Elements of an expanded tensor, in stages 2 and 3.
+    // Elements of an expanded tensor, in stages 2 and 3; a block writes and reads two.
     let (two, three) = (128 * 128 * 256, 256 * 64 * 128);
-    // All but the first pair's input and the last cascade's result, of 2 and of 8 blocks.
-    for class in ["pair", "cascade_walk"] {
-        let saved = moved(&stored, class) - moved(&bytes, class);
-        assert_eq!(saved, (3 * two + 15 * three) as u64, "{class}");
-    }
+    let moved = |costs: &[CommandCost]| costs.iter().map(|cost| cost.bytes).sum::<u64>();
+    assert_eq!(moved(&stored) - moved(&bytes), 4 * (2 * two + 8 * three));
     for (a, b) in bytes.iter().zip(&stored) {
-        assert_eq!((a.class(), a.flops, a.blocks), (b.class(), b.flops, b.blocks));
+        // A stage's last projection is by the kernel of pairs.
+        assert!(a.class() == b.class() || (a.class(), b.class()) == ("pair", "conv1x1"));
+        assert_eq!(a.flops, b.flops);
     }
     // Scales without 8 bits to use them for change nothing.
     let plain = choice::work(&plan, Element::F16, 228 << 10, Variants::default()).unwrap();

@@ -1,17 +1,16 @@
-//! Expanded tensors in 8 bits ([`Expanded::Bytes`]): which are, where they lie, and the cascade between
-//! them. The kernels are the same as over halves; they convert as they load and store.
+//! Expanded tensors in 8 bits ([`Expanded::Bytes`]): which are, where they lie, and the kernels that have
+//! nothing else to do. They are those over halves; they convert as they load and store.
 //!
-//! A pair leaves bytes where the cascade behind it can read them, and a cascade leaves bytes where
-//! the next pair does: a stage's first pair reads halves, its last cascade writes halves again, and
-//! all between them is bytes.
+//! A pair leaves bytes where the cascade behind it and what reads that can read them: a stage's first
+//! pair makes bytes of halves, its last projection reads bytes, and all between them is bytes.
 
 use super::forward::{self, Planes};
-use super::{Lowering, args, products};
+use super::{Lowering, act_code, args};
 use crate::backend::gpu::device::{Element, Place};
-use crate::backend::gpu::launch;
-use crate::backend::gpu::variants::{CascadePlanes, Expanded};
+use crate::backend::gpu::launch::{self, PairTiling};
+use crate::backend::gpu::variants::{CascadePlanes, Expanded, Pairs};
 use crate::graph::{Mode, ParamId, Step, Tensor};
-use crate::ops::{Act, Norm, Op};
+use crate::ops::{Act, Conv1x1, Norm, Op};
 
 /// An expanded tensor that is in 8 bits at the moment, wherever [`Lowering::at`] says.
 #[derive(Clone, Copy)]
@@ -53,6 +52,11 @@ impl Lowering<'_> {
         self.bytes.take_if(|bytes| bytes.tensor == *tensor)
     }
 
+    /// Whether the tensor's memory holds bytes.
+    pub(super) fn holds_bytes(&self, tensor: &Tensor) -> bool {
+        self.bytes.is_some_and(|bytes| bytes.tensor == *tensor)
+    }
+
     /// From now on the tensor's memory holds bytes.
     pub(super) fn put_bytes(&mut self, bytes: Bytes) {
         self.bytes = Some(bytes);
@@ -60,13 +64,15 @@ impl Lowering<'_> {
     }
 }
 
-/// The scales of an expansion that is to leave bytes, `steps[0]` with the cascade behind it.
+/// The scales of an expansion that is to leave bytes, `steps[0]` with a block's cascade and projection
+/// behind it.
 pub(super) fn left_by_expansion(low: &Lowering, steps: &[Step]) -> Option<ParamId> {
-    let [expansion, cascade, ..] = steps else { return None };
+    let [expansion, cascade, reader, ..] = steps else { return None };
     let (Op::Conv1x1(conv), Op::Cascade(op)) = (&expansion.op, &cascade.op) else { return None };
     let z = &expansion.output;
     let wanted = low.variants.expanded == Expanded::Bytes
         && low.variants.cascade == CascadePlanes::Stored
+        && low.variants.pairs == Pairs::Fused
         && low.element == Element::F16
         && low.plan.mode != Mode::Training;
     let fits = conv.act == Act::Relu
@@ -75,43 +81,73 @@ pub(super) fn left_by_expansion(low: &Lowering, steps: &[Step]) -> Option<ParamI
         && cascade.byte_scale.is_some()
         && matches!(op.norm, Norm::Folded(_))
         && low.movable(z)
-        && forward::walk_tiling(low, op, z, z).is_some();
+        && forward::walk_tiling(low, op, z, z).is_some()
+        && reader.inputs.first() == Some(z)
+        && projection(low, reader).is_some();
     expansion.byte_scale.filter(|_| wanted && fits)
 }
 
-/// The scales of a cascade that is to leave bytes, `steps[0]` with the pair behind it.
-pub(super) fn left_by_cascade(low: &Lowering, steps: &[Step]) -> Option<ParamId> {
-    let [cascade, pair @ ..] = steps else { return None };
-    let read = products::find_pair(low, pair)?.x == &cascade.output;
-    left_by_expansion(low, &pair[1..])?;
-    cascade.byte_scale.filter(|_| read)
+/// A projection that can read bytes, and how.
+fn projection<'a>(low: &Lowering, step: &'a Step) -> Option<(&'a Conv1x1, PairTiling)> {
+    let Op::Conv1x1(op) = &step.op else { return None };
+    let fits = op.in_channels == 4 * op.out_channels && op.act != Act::Sigmoid;
+    let (pixels, limit) = (low.variants.pair_pixels, low.shared_limit);
+    let tiling = launch::pair_tiling(Element::F16, op.out_channels, pixels, false, limit)?;
+    fits.then_some((op, tiling))
 }
 
 /// A cascade over bytes; false where its input is not in bytes.
-pub(super) fn cascade(low: &mut Lowering, steps: &[Step]) -> bool {
-    let [step, ..] = steps else { return false };
+pub(super) fn cascade(low: &mut Lowering, step: &Step) -> bool {
     let (Op::Cascade(op), [x]) = (&step.op, step.inputs.as_slice()) else { return false };
-    let Norm::Folded(biases) = &op.norm else { return false };
+    let (Norm::Folded(biases), Some(scale)) = (&op.norm, step.byte_scale) else { return false };
     let y = &step.output;
     let Some(tiling) = forward::walk_tiling(low, op, x, y) else { return false };
     let Some(bytes) = low.take_bytes(x) else { return false };
     let source = bytes.planes(low.at(x));
-    let left = left_by_cascade(low, steps).map(|scale| Bytes::new(low, y, scale));
-    // Halves have other places than bytes, and blocks that share a plane read what lies around theirs.
+    let left = Bytes::new(low, y, scale);
+    // Blocks that share a plane read what lies around theirs.
     let whole = (tiling.tile_h, tiling.tile_w) == (y.shape.h, y.shape.w);
-    let target = match left {
-        Some(_) if whole => low.at(y),
-        _ => low.other_side(y).unwrap_or_else(|| low.at(y)),
-    };
-    let (name, target) = match left {
-        Some(left) => ("cascade_walk_f16_u8", left.planes(target)),
-        None => ("cascade_walk_f16_from_u8", Planes { at: target, ..Planes::of(low, y) }),
-    };
+    let target = if whole { None } else { low.other_side(y) };
+    let target = left.planes(target.unwrap_or_else(|| low.at(y)));
     let mut args = forward::walk_args(low, op, biases, tiling, x.shape, [source, target]);
-    args.extend(args![bytes.scales(), left.map(|left| left.inverses())]);
-    low.launch(launch::cascade_walk(name, tiling, y.shape, op.width(), args));
-    if let Some(left) = left {
-        low.put_bytes(left);
-    }
+    args.extend(args![bytes.scales(), left.inverses()]);
+    low.launch(launch::cascade_walk("cascade_walk_f16_u8", tiling, y.shape, op.width(), args));
+    low.put_bytes(left);
+    true
+}
+
+/// A projection of bytes with no expansion into bytes behind it: the kernel of pairs without its second
+/// product. False where the input is not in bytes.
+pub(super) fn project(low: &mut Lowering, step: &Step) -> bool {
+    let Some((op, mut tiling)) = projection(low, step) else { return false };
+    let Some(bytes) = low.take_bytes(&step.inputs[0]) else { return false };
+    let (residual, y) = (step.inputs.get(1), &step.output);
+    let x = bytes.planes(low.at(&step.inputs[0]));
+    tiling.kernel = launch::pair_in_bytes(tiling.kernel, true);
+    let args = args![
+        x.at,
+        low.param_stored(op.weight),
+        op.bias.map(|b| low.param(b)),
+        residual.map(|r| low.at(r)),
+        low.at(y),
+        None::<Place>,
+        None::<Place>,
+        None::<Place>,
+        act_code(op.act),
+        act_code(Act::None),
+        y.shape.plane(),
+        x.batch_stride,
+        x.plane_stride,
+        residual.map_or(0, |r| r.batch_stride),
+        residual.map_or(0, |r| r.plane_stride),
+        y.batch_stride,
+        y.plane_stride,
+        0usize,
+        0usize,
+        tiling.staged,
+        bytes.scales(),
+        None::<Place>,
+    ];
+    low.launch(launch::pair(tiling, y.shape, args));
     true
 }

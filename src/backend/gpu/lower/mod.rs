@@ -198,7 +198,7 @@ fn over_rgb(low: &mut Lowering, program: &Program, rgb: [Buffer; 2]) -> bool {
 /// The kernels that do several steps at once: how many they did, 0 where they do not apply.
 fn several(low: &mut Lowering, steps: &[Step]) -> usize {
     // Nothing else may come upon a tensor in bytes.
-    if bytes::cascade(low, steps) {
+    if bytes::cascade(low, &steps[0]) {
         1
     } else if stem::block(low, steps, None) {
         4
@@ -206,6 +206,8 @@ fn several(low: &mut Lowering, steps: &[Step]) -> usize {
         6
     } else if products::pair(low, steps) || products::subsampled(low, steps) {
         2
+    } else if bytes::project(low, &steps[0]) {
+        1
     } else {
         0
     }

@@ -131,16 +131,18 @@ pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
     let Some(found) = find_pair(low, steps) else { return false };
     let Pair { project, expand, x, residual, y, z, mut tiling } = found;
     let left = bytes::left_by_expansion(low, &steps[1..]).map(|scale| Bytes::new(low, z, scale));
-    let mut from = Planes::of(low, x);
+    // There is no kernel that makes halves of bytes.
+    if left.is_none() && low.holds_bytes(x) {
+        return false;
+    }
+    let (mut from, mut to) = (Planes::of(low, x), Planes::of(low, z));
     let read = low.take_bytes(x);
     if let Some(read) = read {
         from = read.planes(from.at);
     }
-    let mut to = Planes::of(low, z);
     if let Some(left) = left {
-        // Halves have other places than bytes: those of x, and those that the cascade leaves.
-        let over_halves = read.is_none() && z == x;
-        if over_halves || bytes::left_by_cascade(low, &steps[2..]).is_none() {
+        // Bytes lie elsewhere in the memory of the halves that others still read.
+        if read.is_none() && z == x {
             to.at = low.other_side(z).unwrap_or(to.at);
         }
         to = left.planes(to.at);
