@@ -1,5 +1,5 @@
 // The gates of the collapsed decoder (graph/passes/collapse.rs), a launch for each thing that all
-// pixels have to be known for, instead of one for every small operator:
+// pixels have to be known for, instead of one for every small operator (decoder_sums.cu: one for all):
 //   decoder_spatial: sa1 = act(w1 x1 + b1), sa2 = act(w2 x2 + b2), a thread per pixel of either.
 //     Bytes: x1, x2 once. Launch: 256 threads, grid (blocks of both, 1, N).
 //   (weighted_pool_gather, weighted_pool.cu: g = U^T sa2.)
@@ -11,7 +11,7 @@
 //     ca1 = act(Wca1 (high + low ca2)); then the composed maps of both modules (meu_scores.cu).
 //     Every block computes the gates, and 256 elements of the maps. Launch: 256 threads, grid
 //     (elements of both maps / 256, 1, N). Shared: (2 c3 + c2 + 1 + 3 width2 + width1) floats.
-#include "common.cuh"
+#include "decoder.cuh"
 
 namespace {
 
@@ -77,18 +77,6 @@ __device__ __forceinline__ void decoder_means(const T* __restrict__ s3, const T*
         means[c3 + c2 + row] = sums[1] / high;
     } else {
         means[row < c3 + c2 ? row : 2 * c3 + c2] = sums[0] / high;
-    }
-}
-
-// y = act(W x + b), all in shared memory but W and b; a warp per row.
-__device__ __forceinline__ void rows(const float* __restrict__ w, const float* __restrict__ b,
-                                     const float* x, float* y, int out, int in, int act) {
-    const int lane = threadIdx.x % 32;
-    for (int r = threadIdx.x / 32; r < out; r += blockDim.x / 32) {
-        float v = 0.0f;
-        for (int k = lane; k < in; k += 32) v += w[r * in + k] * x[k];
-        v = warp_sum(v);
-        if (lane == 0) y[r] = activate(v + b[r], act);
     }
 }
 

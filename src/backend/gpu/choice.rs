@@ -241,7 +241,7 @@ pub const DIMENSIONS: [(&str, &[&str]); 10] = [
     ("stage_weights", &["off", "on"]),
     ("cascade", &["wide", "stored"]),
     ("cascade_kb", &["0", "24", "48", "64", "96"]),
-    ("decoder", &["separate", "grouped"]),
+    ("decoder", &["separate", "grouped", "fused"]),
     ("stem", &["separate", "fused"]),
     ("strided", &["separate", "fused"]),
     ("dependent_launch", &["off", "on"]),

@@ -9,7 +9,7 @@
 use super::cards::Card;
 use super::device::Element;
 use super::kernel_report;
-use super::launch::{Arg, CascadeShape, Command, Gemm, Launch};
+use super::launch::{self, Arg, CascadeShape, Command, Gemm, Launch};
 use super::lower::Program;
 use crate::graph::{Plan, Step, Tensor};
 use crate::ops::Op;
@@ -63,6 +63,11 @@ pub struct CommandCost {
     pub flops: u64,
     /// What computes them.
     pub unit: Unit,
+    /// Of these, operations of the CUDA cores beside a unit that multiplies matrices.
+    pub beside: u64,
+    /// Bytes from L2 and operations of the CUDA cores that one block has left when all others are
+    /// done.
+    pub last: (u64, u64),
     /// Blocks of the launch.
     pub blocks: usize,
     /// Threads of a block.
@@ -115,8 +120,9 @@ impl CommandCost {
             Unit::Fp32Gemm => (card.fp32, efficiency::FP32_GEMM),
             Unit::Tensor => (card.tensor, efficiency::TENSOR),
         };
-        let compute = self.flops as f64 / peak;
-        let roofline = compute.max(move_at(card.dram, card.l2));
+        let beside = self.beside as f64 / card.fp32;
+        let compute = self.flops.saturating_sub(self.beside) as f64 / peak;
+        let roofline = compute.max(beside).max(move_at(card.dram, card.l2));
 
         // The busiest multiprocessor decides: it has ceil(blocks / SMs) of the blocks.
         let per_sm = self.blocks.div_ceil(card.sms).max(1);
@@ -128,9 +134,13 @@ impl CommandCost {
         let busy = card.sms.min(self.blocks.max(1)) as f64;
         let in_flight = busy * resident * BYTES_IN_FLIGHT / latency;
         let moved = move_at(card.dram * efficiency::DRAM, card.l2 * efficiency::L2 * fill.max(0.5));
-        let work = (compute / share / fill).max(moved).max((bytes + again) / in_flight);
+        let compute = (compute / share + beside / efficiency::FP32) / fill;
+        let work = compute.max(moved).max((bytes + again) / in_flight);
+        let (last_bytes, last_flops) = (self.last.0 as f64, self.last.1 as f64);
+        let alone =
+            last_bytes / (card.l2 * efficiency::L2) + last_flops / card.fp32 / efficiency::FP32;
         let cost = if graph { card.dependency } else { card.launch };
-        Prediction { roofline, expected: work + cost }
+        Prediction { roofline, expected: work + alone * card.sms as f64 + cost }
     }
 }
 
@@ -241,6 +251,8 @@ fn of_gemm(gemm: &Gemm) -> CommandCost {
             Element::F32 => Unit::Fp32Gemm,
             Element::F16 => Unit::Tensor,
         },
+        beside: 0,
+        last: (0, 0),
         blocks: m.div_ceil(GEMM_TILE.0) * n.div_ceil(GEMM_TILE.1) * batch,
         threads: 256,
         shared_bytes: 0,
@@ -257,6 +269,9 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
     let planes = (launch.grid[1] * launch.grid[2]) as usize;
     let blocks = launch.grid.iter().map(|&n| n as usize).product::<usize>();
     let class = class(launch.kernel);
+    if class == "decoder_sums" || class == "decoder_labels" {
+        return fused_decoder(class, launch, element);
+    }
     let (bytes, again, flops) = match class {
         "copy" => (2 * size * planes * int(launch, 3), 0, 0),
         "conv1x1_epilogue" => {
@@ -329,6 +344,8 @@ fn of(launch: &Launch, bytes: u64, flops: u64) -> CommandCost {
         again: 0,
         flops,
         unit: Unit::Fp32,
+        beside: 0,
+        last: (0, 0),
         blocks: launch.grid.iter().map(|&n| n as usize).product(),
         threads: launch.block.iter().map(|&n| n as usize).product(),
         shared_bytes: launch.shared_bytes as usize,
@@ -395,6 +412,54 @@ fn in_bytes(group: &Group, launch: &Launch, size: usize) -> usize {
         }
         _ => 0,
     }
+}
+
+/// A launch of the decoder in two, by its arguments.
+fn fused_decoder(class: &str, launch: &Launch, element: Element) -> CommandCost {
+    const ROWS: usize = 20;
+    let (size, n) = (element.size(), launch.grid[2] as usize);
+    let (at, blocks) = (|i: usize| int(launch, i), launch.grid[0] as usize * n);
+    // Matrix products, what else is computed, bytes read again; bytes.
+    let (products, others, again, bytes, last);
+    if class == "decoder_sums" {
+        let (c3, c2, width2, width1, c1) = (at(32), at(33), at(34), at(35), at(36));
+        let (classes, low, high) = (at(37), at(38) * at(39), at(40) * at(41));
+        let means = 2 * c3 + c2 + 1;
+        // The tile's share of s3 and a pixel on every side.
+        let around = (launch::SUMS_TILE.0 / 2 + 2) * (launch::SUMS_TILE.1 / 2 + 2) * blocks;
+        let weights = classes * c3 + width2 * means + width1 * width2;
+        let maps = (classes + c2) * width2 + (classes + c1) * width1;
+        products = 2 * n * low * c3 * classes;
+        others = 3 * n * high * c2 + 4 * around * c3;
+        again = size * c3 * around.saturating_sub(n * low) + 8 * blocks * means;
+        bytes = n * size * (c2 * high + (c3 + classes) * low) + 4 * (weights + maps);
+        let gates = width2 * means + width1 * width2;
+        let composed = ROWS * (width2 * (c2 + 1) + width1 * (c1 + 1));
+        let floats = launch.grid[0] as usize * means + weights + maps;
+        last = (4 * floats as u64, 2 * (gates + composed) as u64);
+    } else {
+        let (classes, c2, c1) = (at(8), at(9), at(10));
+        let (low, quarter, half) = (at(11) * at(12), at(13) * at(14), at(15) * at(16));
+        let (out_h, out_w) = (at(17), at(18));
+        let region = |h: usize, w: usize| {
+            let rows = (launch::LABELS.0.min(out_h) * h).div_ceil(out_h) + 2;
+            let columns = (launch::LABELS.1.min(out_w) * w).div_ceil(out_w) + 2;
+            blocks * rows.min(h) * columns.min(w)
+        };
+        // One pixel more around what the scores read of z.
+        let (scores, z) = (region(at(15), at(16)), region(at(13) + 1, at(14) + 1));
+        products = 2 * ROWS * (z * c2 + scores * c1);
+        others = 9 * classes * (z + scores) + 8 * n * classes * out_h * out_w;
+        again = size * (c2 * z.saturating_sub(n * quarter) + c1 * scores.saturating_sub(n * half));
+        bytes = n * (size * (classes * low + c2 * quarter + c1 * half) + out_h * out_w);
+        last = (0, 0);
+    }
+    let (unit, beside) = match element {
+        Element::F16 => (Unit::Tensor, others as u64),
+        Element::F32 => (Unit::Fp32, 0),
+    };
+    let flops = (products + others) as u64;
+    CommandCost { unit, beside, last, again: again as u64, ..of(launch, bytes as u64, flops) }
 }
 
 /// Input elements that the blocks of a fused cascade load, halos included.

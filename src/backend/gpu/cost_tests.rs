@@ -111,6 +111,8 @@ fn a_prediction_is_bounded_by_bandwidth_or_by_arithmetic() {
         again: 0,
         flops: 1,
         unit: Unit::Fp32,
+        beside: 0,
+        last: (0, 0),
         blocks: 1 << 16,
         threads: 256,
         shared_bytes: 0,

@@ -58,6 +58,9 @@ pub enum Decoder {
     Separate,
     /// The gates in a few launches (kernels/decoder.cu), scores with resize and argmax in one.
     Grouped,
+    /// In plans for labels all of it in two launches (kernels/decoder_sums.cu, decoder_labels.cu),
+    /// for up to 19 classes; otherwise as `Grouped`.
+    Fused,
 }
 
 /// How the stem and the block of stage 1 run.
@@ -124,7 +127,7 @@ impl Default for Variants {
             cascade_kb: 0,
             expanded: Expanded::Stored,
             rewrites: true,
-            decoder: Decoder::Grouped,
+            decoder: Decoder::Fused,
             stem: Stem::Fused,
             strided: Strided::Fused,
             dependent_launch: true,
@@ -202,8 +205,12 @@ impl Variants {
             }
             "rewrites" => self.rewrites = one_of(value, &SWITCH, "on or off")?,
             "decoder" => {
-                let names = [("separate", Decoder::Separate), ("grouped", Decoder::Grouped)];
-                self.decoder = one_of(value, &names, "separate or grouped")?;
+                let names = [
+                    ("separate", Decoder::Separate),
+                    ("grouped", Decoder::Grouped),
+                    ("fused", Decoder::Fused),
+                ];
+                self.decoder = one_of(value, &names, "separate, grouped or fused")?;
             }
             "stem" => {
                 let names = [("separate", Stem::Separate), ("fused", Stem::Fused)];
@@ -249,6 +256,7 @@ impl std::fmt::Display for Variants {
         let decoder = match self.decoder {
             Decoder::Separate => "separate",
             Decoder::Grouped => "grouped",
+            Decoder::Fused => "fused",
         };
         let stem = match self.stem {
             Stem::Separate => "separate",

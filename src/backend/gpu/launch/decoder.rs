@@ -1,6 +1,8 @@
-//! Launch shapes of the collapsed decoder: meu_scores.cu, decoder.cu.
+//! Launch shapes of the collapsed decoder: meu_scores.cu, decoder.cu, decoder_sums.cu and
+//! decoder_labels.cu.
 
 use super::{Arg, Launch, THREADS, elements, grid, launch, tiles};
+use crate::backend::gpu::device::Element;
 use crate::graph::Shape;
 
 /// Classes that meu_scores.cu works on at a time.
@@ -23,16 +25,18 @@ pub struct LabelsTiling {
 }
 
 /// Tiles of 64 x 16 labels.
-const LABELS: (usize, usize) = (16, 64);
+pub const LABELS: (usize, usize) = (16, 64);
+
+/// Most pixels of a side of `from` that `tile` neighbours are interpolated from on a side of `to`:
+/// the first and the last of them read pixels this far apart, and one beyond.
+pub fn read_by(tile: usize, from: usize, to: usize) -> usize {
+    ((tile.min(to) - 1) * from).div_ceil(to).saturating_add(3).min(from)
+}
 
 /// For scores of `inputs` channels at the size of `x`, labels at `size`; None where the scores of a
 /// tile do not fit into `limit` bytes.
 pub fn labels_tiling(x: Shape, size: Shape, inputs: usize, limit: usize) -> Option<LabelsTiling> {
-    // The first and the last label of a tile read pixels this far apart, and one beyond.
-    let side = |tile: usize, from: usize, to: usize| {
-        ((tile.min(to) - 1) * from).div_ceil(to).saturating_add(3).min(from)
-    };
-    let pitch = side(LABELS.0, x.h, size.h) * side(LABELS.1, x.w, size.w);
+    let pitch = read_by(LABELS.0, x.h, size.h) * read_by(LABELS.1, x.w, size.w);
     let shared_bytes = 4 * CLASSES * (inputs + 1 + pitch);
     (shared_bytes <= limit).then_some(LabelsTiling { pitch, shared_bytes })
 }
@@ -65,4 +69,123 @@ pub fn decoder_spatial(kernel: &'static str, x1: Shape, x2: Shape, args: Vec<Arg
 pub fn decoder_gates(len: usize, n: usize, floats: usize, args: Vec<Arg>) -> Launch {
     let shared_bytes = (4 * floats) as u32;
     Launch { shared_bytes, ..elements("decoder_gates_f32", len, n, args) }
+}
+
+/// The collapsed decoder as decoder_sums.cu and decoder_labels.cu see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecoderShape {
+    /// High-level features, at an eighth of the image's size.
+    pub s3: Shape,
+    /// Low-level features of decoder2, at a quarter.
+    pub x2: Shape,
+    /// Low-level features of decoder1, at half the size.
+    pub x1: Shape,
+    /// The image.
+    pub size: Shape,
+    /// Class scores.
+    pub classes: usize,
+    /// Channels of decoder2.
+    pub width2: usize,
+    /// Channels of decoder1.
+    pub width1: usize,
+}
+
+/// How both kernels cover it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecoderTiling {
+    /// Floats that one phase of decoder_sums.cu needs at most.
+    pub phase: usize,
+    /// Most pixels of s3 around its tile.
+    pub region: usize,
+    /// Most pixels of the scores that a tile of labels reads.
+    pub pitch: usize,
+    /// Most pixels of decoder2's scores that these read.
+    pub z_pitch: usize,
+    /// Dynamic shared memory of both kernels.
+    pub shared_bytes: [usize; 2],
+}
+
+/// Pixels of x2 that a block of decoder_sums.cu works on: rows and columns.
+pub const SUMS_TILE: (usize, usize) = (8, 32);
+/// Rows of a map: MAP_ROWS of decoder.cuh, the last one for the spatial attention.
+const MAP_ROWS: usize = 20;
+
+impl DecoderShape {
+    /// Means of an image: of s3, of x2, of s3 under the attention, of that.
+    pub fn means(&self) -> usize {
+        2 * self.s3.c + self.x2.c + 1
+    }
+
+    /// Elements of the map that takes `channels` values to scores, with what is added to them (f32).
+    pub fn map_len(element: Element, channels: usize) -> usize {
+        match element {
+            Element::F32 => MAP_ROWS * (channels + 1),
+            Element::F16 => 32 * channels + 2 * 32,
+        }
+    }
+
+    /// Blocks of decoder_sums.cu per image.
+    pub fn sum_blocks(&self) -> usize {
+        self.x2.h.div_ceil(SUMS_TILE.0) * self.x2.w.div_ceil(SUMS_TILE.1)
+    }
+
+    /// None where the kernels do not have such a decoder: too many classes, channels that are no
+    /// whole number of tiles of the tensor cores, s3 not half as large as x2, or more shared memory
+    /// than `limit`.
+    pub fn tiling(&self, element: Element, limit: usize) -> Option<DecoderTiling> {
+        let (s3, x2, x1, size) = (self.s3, self.x2, self.x1, self.size);
+        let halved = (s3.h, s3.w) == (x2.h.div_ceil(2), x2.w.div_ceil(2));
+        let whole = |shape: Shape| element == Element::F32 || shape.c.is_multiple_of(16);
+        if self.classes >= MAP_ROWS || !halved || ![s3, x2, x1].into_iter().all(whole) {
+            return None;
+        }
+        let warp_floats = match element {
+            Element::F32 => 0,
+            Element::F16 => 20 * MAP_ROWS,
+        };
+        let turned = match element {
+            Element::F32 => s3.c * MAP_ROWS,
+            Element::F16 => 0,
+        };
+        let threads = THREADS as usize;
+        let gated = MAP_ROWS * self.width2.max(self.width1);
+        let phases = [8 * threads, 8 * warp_floats, turned, 8 * self.means(), gated];
+        let phase = phases.into_iter().max()?.next_multiple_of(32);
+        let region = read_by(SUMS_TILE.0, s3.h, x2.h) * read_by(SUMS_TILE.1, s3.w, x2.w);
+        let gates = 3 * self.width2 + self.width1;
+        let sums = phase + threads + (SUMS_TILE.0 + 1) * region + self.means() + gates;
+
+        let (rows, columns) = (read_by(LABELS.0, x1.h, size.h), read_by(LABELS.1, x1.w, size.w));
+        let pitch = rows * columns;
+        let z_pitch = read_by(rows, x2.h, x1.h) * read_by(columns, x2.w, x1.w);
+        let labels =
+            4 * (8 * warp_floats + self.classes * pitch) + element.size() * self.classes * z_pitch;
+        let shared_bytes = [4 * sums, labels];
+        let fits = shared_bytes.iter().all(|bytes| *bytes <= limit);
+        fits.then_some(DecoderTiling { phase, region, pitch, z_pitch, shared_bytes })
+    }
+}
+
+/// decoder_sums.cu: a block per tile of 32 x 8 pixels of x2.
+pub fn decoder_sums(
+    kernel: &'static str,
+    tiling: DecoderTiling,
+    shape: &DecoderShape,
+    args: Vec<Arg>,
+) -> Launch {
+    let shared_bytes = tiling.shared_bytes[0] as u32;
+    let grid = grid(shape.sum_blocks(), 1, shape.x2.n);
+    Launch { shared_bytes, ..launch(kernel, grid, [THREADS, 1, 1], args) }
+}
+
+/// decoder_labels.cu: a block per tile of 64 x 16 labels.
+pub fn decoder_labels(
+    kernel: &'static str,
+    tiling: DecoderTiling,
+    size: Shape,
+    args: Vec<Arg>,
+) -> Launch {
+    let tiles = size.h.div_ceil(LABELS.0) * size.w.div_ceil(LABELS.1);
+    let shared_bytes = tiling.shared_bytes[1] as u32;
+    Launch { shared_bytes, ..launch(kernel, grid(tiles, 1, size.n), [THREADS, 1, 1], args) }
 }

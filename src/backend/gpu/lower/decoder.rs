@@ -1,13 +1,14 @@
 //! The collapsed decoder (`graph/passes/collapse.rs`) in few launches: its gates by kernels/decoder.cu
-//! instead of an operator each, and in plans for labels its scores with resize and argmax.
+//! instead of an operator each, and in plans for labels its scores with resize and argmax; or, in
+//! plans for labels, all of it in two (kernels/decoder_sums.cu, kernels/decoder_labels.cu).
 
 use super::scores::{gather, map_len, scores};
 use super::{Lowering, Typed, act_code, args, forward};
-use crate::backend::gpu::device::Place;
-use crate::backend::gpu::launch::{self, Arg};
+use crate::backend::gpu::device::{Element, Place};
+use crate::backend::gpu::launch::{self, Arg, DecoderShape, DecoderTiling};
 use crate::backend::gpu::variants::Decoder;
 use crate::graph::{Mode, Plan, Step};
-use crate::ops::{Conv1x1, MeuScores, Op};
+use crate::ops::{Act, Conv1x1, MeuScores, Op};
 
 /// The decoder's steps in a plan, in its order.
 pub(super) struct Steps<'a> {
@@ -25,6 +26,17 @@ pub(super) struct Steps<'a> {
     scores: (&'a Step, &'a MeuScores),
     /// What the launches hand on in scratch.
     maps: Option<[Place; 2]>,
+    /// Where it runs in two launches: their shapes, and what the first one hands on.
+    fused: Option<Fused>,
+}
+
+/// The decoder in two launches.
+struct Fused {
+    shape: DecoderShape,
+    tiling: DecoderTiling,
+    t: Place,
+    /// Elements of an image's maps.
+    lens: [usize; 2],
 }
 
 /// Steps of the decoder.
@@ -78,6 +90,7 @@ pub(super) fn find<'a>(plan: &'a Plan, variant: Decoder) -> Option<Steps<'a>> {
         z: (z, module(z)?),
         scores: (scores, module(scores)?),
         maps: None,
+        fused: None,
     })
 }
 
@@ -92,7 +105,13 @@ impl Steps<'_> {
     /// plan has it, except sa1, beside which everything that is read later lives already.
     pub(super) fn step(&mut self, low: &mut Lowering, index: usize) {
         match index - self.first {
-            0 => self.gates(low),
+            0 => {
+                if !self.sums(low) {
+                    self.gates(low);
+                }
+            }
+            12 if self.fused.is_some() => self.fused_labels(low),
+            _ if self.fused.is_some() => {}
             10 => forward::step(low, self.t),
             11 => {
                 let [map, _] = self.maps.expect("the gates come first");
@@ -215,5 +234,110 @@ impl Steps<'_> {
         low.launch(launch::scores_argmax(name, tiling, size, args));
         low.labelled = true;
         true
+    }
+
+    /// The first of two launches for the whole decoder, where the plan ends with its labels and the
+    /// kernels have its shapes; false where they have not.
+    fn sums(&mut self, low: &mut Lowering) -> bool {
+        let (z, scores) = (self.z.1, self.scores.1);
+        let (s3, x2, x1) =
+            (&self.pool.inputs[0], &self.low_pool.inputs[0], &self.scores.0.inputs[1]);
+        let wanted = low.variants.decoder == Decoder::Fused
+            && low.plan.mode == Mode::Labels
+            && low.plan.logits == self.scores.0.output;
+        let Op::Conv1x1(t_op) = &self.t.op else { return false };
+        let shape = DecoderShape {
+            s3: s3.shape,
+            x2: x2.shape,
+            x1: x1.shape,
+            size: low.plan.input.shape,
+            classes: z.classes,
+            width2: z.width,
+            width1: scores.width,
+        };
+        // In f16 whole tiles of 16 rows of its weights are read, of which some belong to others.
+        let readable = low.plan.param(t_op.weight).start + 32 * s3.shape.c <= low.plan.param_len;
+        let plain = t_op.act == Act::None && (low.element == Element::F32 || readable);
+        let tiling = shape.tiling(low.element, low.shared_limit).filter(|_| wanted && plain);
+        let (Some(tiling), Some(t_bias)) = (tiling, t_op.bias) else { return false };
+
+        let n = s3.shape.n;
+        let lens = [x2, x1].map(|x| DecoderShape::map_len(low.element, x.shape.c));
+        let maps = lens.map(|len| low.scratch_stored(n * len));
+        let t = low.scratch_stored(n * z.classes * s3.shape.plane());
+        low.hold_scratch();
+        self.maps = Some(maps);
+        let partial = low.scratch(n * shape.sum_blocks() * shape.means());
+        let counters = low.counters(n);
+
+        let mut args = args![low.at(s3), low.at(x2), low.param_stored(t_op.weight)];
+        args.extend(args![low.param(t_bias), t, partial, counters]);
+        for op in [self.sa2.1, self.ca2.1, self.low, self.high, self.ca1.1] {
+            args.extend(args![low.param(op.weight), op.bias.map(|b| low.param(b))]);
+        }
+        for op in [z, scores] {
+            let params = [op.mix, op.low, op.low_bias, op.bias];
+            args.extend(params.map(|id| Arg::from(low.param(id))));
+        }
+        let sa1 = self.sa1.1;
+        args.extend(args![low.param(sa1.weight), sa1.bias.map(|b| low.param(b)), maps[0], maps[1]]);
+        args.extend([self.sa2.1, self.ca2.1, self.ca1.1].map(|op| act_code(op.act)));
+        args.extend(args![
+            s3.shape.c,
+            x2.shape.c,
+            z.width,
+            scores.width,
+            x1.shape.c,
+            z.classes,
+            s3.shape.h,
+            s3.shape.w,
+            x2.shape.h,
+            x2.shape.w,
+            tiling.phase,
+            tiling.region,
+            lens[0],
+            lens[1],
+            s3.batch_stride,
+            s3.plane_stride,
+            x2.batch_stride,
+            x2.plane_stride,
+        ]);
+        let name = low.name(Typed { f32: "decoder_sums_f32", f16: "decoder_sums_f16" });
+        low.launch(launch::decoder_sums(name, tiling, &shape, args));
+        self.fused = Some(Fused { shape, tiling, t, lens });
+        true
+    }
+
+    /// The second one: labels.
+    fn fused_labels(&self, low: &mut Lowering) {
+        let (Some(fused), Some(maps)) = (&self.fused, self.maps) else { return };
+        let DecoderShape { s3, size, classes, .. } = fused.shape;
+        let (x2, x1) = (&self.low_pool.inputs[0], &self.scores.0.inputs[1]);
+        let mut args = args![fused.t, low.at(x2), low.at(x1), maps[0], maps[1], low.memory.labels];
+        args.extend([self.sa2.1, self.sa1.1].map(|op| act_code(op.act)));
+        args.extend(args![
+            classes,
+            x2.shape.c,
+            x1.shape.c,
+            s3.h,
+            s3.w,
+            x2.shape.h,
+            x2.shape.w,
+            x1.shape.h,
+            x1.shape.w,
+            size.h,
+            size.w,
+            fused.tiling.pitch,
+            fused.tiling.z_pitch,
+            fused.lens[0],
+            fused.lens[1],
+            x2.batch_stride,
+            x2.plane_stride,
+            x1.batch_stride,
+            x1.plane_stride,
+        ]);
+        let name = low.name(Typed { f32: "decoder_labels_f32", f16: "decoder_labels_f16" });
+        low.launch(launch::decoder_labels(name, fused.tiling, size, args));
+        low.labelled = true;
     }
 }
