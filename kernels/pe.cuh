@@ -87,10 +87,21 @@ __device__ __forceinline__ void stage_pair_weights(const __half* w1, const __hal
     stage_matrix<L::E, C, L::PITCH2, THREADS>(w2, shared + L::W2);
 }
 
-// Pixels `tile * P` and following of an image. Between two tiles of a block is a barrier.
-template <int C, int P, bool STAGED, int THREADS = TILE_THREADS, typename X, typename Z>
-__device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op, int tile,
-                                          int image, __half* shared) {
+// Where the pixels of a tile are in a plane, eight at a time, and how many of them are inside.
+struct Line {
+    int first, pixels;
+
+    __device__ __forceinline__ size_t at(int p) const { return first + p; }
+    __device__ __forceinline__ int count(int p) const { return pixels - first - p; }
+};
+
+// Both products of a tile whose x is in shared memory, once all threads are here. `inside`: every
+// eight pixels are there, and can be moved at once in the residual and y; `z_inside`: in z.
+template <int C, int P, bool STAGED, int THREADS = TILE_THREADS, typename X, typename Z,
+          typename Places>
+__device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>& op,
+                                              const Places& places, bool inside, bool z_inside,
+                                              int image, __half* shared) {
     using L = PairLayout<C, P, STAGED>;
     constexpr int E = L::E, PITCH = L::PITCH, SUM_PITCH = L::SUM_PITCH;
     constexpr int PITCH1 = L::PITCH1, PITCH2 = L::PITCH2, WARPS = THREADS / 32;
@@ -104,23 +115,11 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op,
     float* sums = reinterpret_cast<float*>(xs);
     const __half* w1 = STAGED ? shared + L::W1 : op.w1;
     const __half* w2 = STAGED ? shared + L::W2 : op.w2;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = tile * P;
-    const int pixels = op.pixels;
-    // Halves go together, bytes each by itself.
-    constexpr bool X_BYTES = sizeof(X) == 1, Z_BYTES = sizeof(Z) == 1;
-    const bool x_whole = whole_tile<P>(op.x, op.xs, first, pixels);
-    const bool z_whole = whole_tile<P>(op.z, op.zs, first, pixels);
-    const bool inside = whole_tile<P>(op.residual, op.rs, first, pixels) &&
-                        whole_tile<P>(op.y, op.ys, first, pixels) && (X_BYTES || x_whole) &&
-                        (Z_BYTES || z_whole);
-    const X* x = op.x + plane_at(image, op.xs.batch, 0, 0);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __half* y = op.y + plane_at(image, op.ys.batch, 0, 0);
     Z* z = op.z != nullptr ? op.z + plane_at(image, op.zs.batch, 0, 0) : nullptr;
     const __half* residual =
         op.residual != nullptr ? op.residual + plane_at(image, op.rs.batch, 0, 0) : nullptr;
-
-    stage_x<P, PITCH, 8, THREADS>(op, x, E, first, X_BYTES ? x_whole : inside, xs);
-    __syncthreads();
 
     {
         const int row = warp % ROWS * 16, column = warp / ROWS * TILES * 16;
@@ -148,13 +147,14 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op,
     }
 #pragma unroll 2
     for (int i = threadIdx.x; i < C * P / 8; i += THREADS) {
-        const int c = i / (P / 8), p = i % (P / 8) * 8, count = pixels - first - p;
+        const int c = i / (P / 8), p = i % (P / 8) * 8, count = places.count(p);
+        const size_t at = places.at(p);
         float v[8];
         load_eight(sums + c * SUM_PITCH + p, v);
         const __half* before = residual;
-        if (before != nullptr) before += static_cast<size_t>(c) * op.rs.plane + first + p;
+        if (before != nullptr) before += static_cast<size_t>(c) * op.rs.plane + at;
         finish_eight(v, op.b1 != nullptr ? op.b1[c] : 0.0f, before, op.act1, inside, count);
-        write_eight(y + static_cast<size_t>(c) * op.ys.plane + first + p, v, inside, count);
+        write_eight(y + static_cast<size_t>(c) * op.ys.plane + at, v, inside, count);
         store_eight(ys + c * PITCH + p, v);
     }
     __syncthreads();
@@ -187,17 +187,37 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op,
             __syncwarp();
 #pragma unroll
             for (int i = lane; i < 64; i += 32) {
-                const int c = row + i / 4, p = column + i % 4 * 8, count = pixels - first - p;
+                const int c = row + i / 4, p = column + i % 4 * 8, count = places.count(p);
+                const size_t at = places.at(p);
                 float v[8];
                 load_eight(own + i / 4 * WARP_PITCH + i % 4 * 8, v);
                 const float shift = op.b2 != nullptr ? op.b2[c] : 0.0f;
                 finish_eight<__half>(v, shift, nullptr, op.act2, inside, count);
-                write_z(op, c, z + static_cast<size_t>(c) * op.zs.plane + first + p, v,
-                        Z_BYTES ? z_whole : inside, count);
+                write_z(op, c, z + static_cast<size_t>(c) * op.zs.plane + at, v, z_inside, count);
             }
             __syncwarp();
         }
     }
+}
+
+// Pixels `tile * P` and following of an image. Between two tiles of a block is a barrier.
+template <int C, int P, bool STAGED, int THREADS = TILE_THREADS, typename X, typename Z>
+__device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op, int tile,
+                                          int image, __half* shared) {
+    using L = PairLayout<C, P, STAGED>;
+    const int first = tile * P, pixels = op.pixels;
+    // Halves go together, bytes each by itself.
+    constexpr bool X_BYTES = sizeof(X) == 1, Z_BYTES = sizeof(Z) == 1;
+    const bool x_whole = whole_tile<P>(op.x, op.xs, first, pixels);
+    const bool z_whole = whole_tile<P>(op.z, op.zs, first, pixels);
+    const bool inside = whole_tile<P>(op.residual, op.rs, first, pixels) &&
+                        whole_tile<P>(op.y, op.ys, first, pixels) && (X_BYTES || x_whole) &&
+                        (Z_BYTES || z_whole);
+    const X* x = op.x + plane_at(image, op.xs.batch, 0, 0);
+    stage_x<P, L::PITCH, 8, THREADS>(op, x, L::E, first, X_BYTES ? x_whole : inside, shared);
+    __syncthreads();
+    pair_products<C, P, STAGED, THREADS>(op, Line{first, pixels}, inside,
+                                         Z_BYTES ? z_whole : inside, image, shared);
 }
 
 // Pixels `tile * 64` and following of an image. Between two tiles of a block is a barrier.

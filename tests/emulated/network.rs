@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use fpenet::ModelConfig;
 use fpenet::backend::cpu::CpuBackend;
 use fpenet::backend::gpu::emulated::Order;
 use fpenet::backend::gpu::variants::{CascadePlanes, Decoder, Pairs, Products, Stem, Strided};
 use fpenet::backend::gpu::{Element, Variants};
 use fpenet::backend::{Backend, Precision, State};
+use fpenet::config::{BlockActivation, ModelConfig};
 use fpenet::exec::Inference;
 use fpenet::graph::passes::{self, Rewrites};
 use fpenet::graph::{Graph, Mode, ParamRole, ParamStore, Plan, PlaneLayout, Shape, Step, Tensor};
@@ -120,6 +120,7 @@ fn networks_agree_with_the_cpu_whatever_the_kernels() {
         Variants { rewrites: true, decoder: Decoder::Grouped, ..Variants::PLAIN },
         Variants { rewrites: true, decoder: Decoder::Fused, ..Variants::PLAIN },
         Variants { rewrites: true, strided: Strided::Fused, ..Variants::PLAIN },
+        Variants { rewrites: true, strided: Strided::Paired, ..Variants::PLAIN },
     ];
     // Odd sides, sides whose halves are odd, images.
     for (folder, size) in [("full_default", (1, 32, 48)), ("meu_odd_size", (2, 27, 37))] {
@@ -156,11 +157,11 @@ fn network_kernels(element: Element, variants: Variants) -> Vec<&'static str> {
 
 #[test]
 fn the_default_network_takes_few_launches() {
-    for (element, launches) in [(Element::F16, 27), (Element::F32, 33)] {
+    for (element, launches, pairs) in [(Element::F16, 25, 8), (Element::F32, 33, 10)] {
         let used = network_kernels(element, Variants::default());
         let count = |prefix: &str| used.iter().filter(|name| name.starts_with(prefix)).count();
         assert_eq!(count("gemm"), 0, "{used:?}");
-        assert_eq!(count("pair_"), 10, "{used:?}");
+        assert_eq!(count("pair_"), pairs, "{used:?}");
         assert_eq!(count("copy_"), 0, "{used:?}");
         assert_eq!(used.len(), launches, "{used:?}");
         let plain = network_kernels(element, Variants::PLAIN);
@@ -192,6 +193,35 @@ fn a_decoder_in_two_launches_agrees_with_the_cpu() {
             assert!(labels(Order::Reverse) == found, "{size:?}, {precision:?}");
             assert!(labels(Order::Shuffled(3)) == found, "{size:?}, {precision:?}");
         }
+    }
+}
+
+/// What a plan for labels leaves of the tensors that a strided block writes: sides that are odd, tiles
+/// with a rest, more than one tile, images; blocks whose projection has another non-linearity.
+#[test]
+fn strided_blocks_in_one_launch_agree_with_the_cpu() {
+    for (block_activation, size) in
+        [(BlockActivation::Linear, (3, 75, 141)), (BlockActivation::Relu, (1, 64, 128))]
+    {
+        let config = ModelConfig { p: 2, q: 2, block_activation, ..ModelConfig::default() };
+        let model = Model::init(config, 8).unwrap();
+        let cpu = || -> Box<dyn Backend> { Box::new(CpuBackend::new(Some(1)).unwrap()) };
+        let (reference, _) = outputs(&model, cpu, size);
+        let logits = |strided, order| {
+            let variants = Variants { strided, ..Variants::default() };
+            let gpu = with_variants(order, SHARED, Precision::F16, variants);
+            let (n, h, w) = size;
+            let mut inference =
+                Inference::new(&model, Box::new(gpu), n, h, w, Mode::Logits).unwrap();
+            inference.run(&Random(21).values(n * 3 * h * w)).unwrap();
+            inference.logits().unwrap()
+        };
+        let found = logits(Strided::Paired, Order::Forward);
+        let error = distance(&found, &reference);
+        assert!(error <= 1e-2, "{size:?}: {error:e}");
+        // The same roundings in the same places.
+        assert!(logits(Strided::Fused, Order::Shuffled(1)) == found, "{size:?}");
+        assert!(logits(Strided::Paired, Order::Shuffled(4)) == found, "{size:?}");
     }
 }
 

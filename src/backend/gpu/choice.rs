@@ -243,7 +243,7 @@ pub const DIMENSIONS: [(&str, &[&str]); 10] = [
     ("cascade_kb", &["0", "24", "48", "64", "96"]),
     ("decoder", &["separate", "grouped", "fused"]),
     ("stem", &["separate", "fused"]),
-    ("strided", &["separate", "fused"]),
+    ("strided", &["separate", "fused", "paired"]),
     ("dependent_launch", &["off", "on"]),
 ];
 

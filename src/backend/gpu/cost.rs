@@ -269,8 +269,10 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
     let planes = (launch.grid[1] * launch.grid[2]) as usize;
     let blocks = launch.grid.iter().map(|&n| n as usize).product::<usize>();
     let class = class(launch.kernel);
-    if class == "decoder_sums" || class == "decoder_labels" {
-        return fused_decoder(class, launch, element);
+    match class {
+        "decoder_sums" | "decoder_labels" => return fused_decoder(class, launch, element),
+        "strided_block" | "strided_pair" => return strided(group, launch, whole),
+        _ => {}
     }
     let (bytes, again, flops) = match class {
         "copy" => (2 * size * planes * int(launch, 3), 0, 0),
@@ -412,6 +414,31 @@ fn in_bytes(group: &Group, launch: &Launch, size: usize) -> usize {
         }
         _ => 0,
     }
+}
+
+/// A launch for most of a strided block, whose steps move `whole` bytes. Halos are expanded as well.
+fn strided(group: &Group, launch: &Launch, whole: usize) -> CommandCost {
+    let x = group.first().inputs[0].shape;
+    let outputs = launch.grid[0] as usize * x.n * launch::STRIDED_TILE.pow(2);
+    let blocks = launch.grid.iter().map(|&n| n as usize).product::<usize>();
+    let pair = class(launch.kernel) == "strided_pair";
+    // Behind pointers and non-linearities: how many branches are fine, and their dilations.
+    let first = if pair { 11 } else { 4 };
+    let branches = if pair { 4 } else { launch.grid[1] as usize };
+    let pixels = |branch: usize| {
+        let stride = if branch < int(launch, first) { 2 } else { 1 };
+        launch::strided_pixels((stride, int(launch, first + 1 + branch)))
+    };
+    let loaded = (0..branches).map(pixels).sum::<usize>() * launch.grid[0] as usize * x.n;
+    let taps = 18 * x.c * branches * outputs;
+    let products = 2 * x.c * x.c * loaded + if pair { 16 * x.c * x.c * outputs } else { 0 };
+    // Blocks of one branch read their share of the weights.
+    let share = if pair { 1 } else { branches };
+    let weights = group.parameters() * (blocks / share - 1);
+    let again = Element::F16.size() * ((x.c * loaded).saturating_sub(x.len()) + weights);
+    let (beside, flops) = (taps as u64, (products + taps) as u64);
+    let again = again as u64;
+    CommandCost { unit: Unit::Tensor, beside, again, ..of(launch, whole as u64, flops) }
 }
 
 /// A launch of the decoder in two, by its arguments.

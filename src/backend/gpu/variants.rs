@@ -81,6 +81,9 @@ pub enum Strided {
     Separate,
     /// Expansion and branches in one launch (kernels/strided_block.cu, f16).
     Fused,
+    /// The projection and the next block's expansion in it as well, where shared memory has room for
+    /// what is between them (58 or 97 KB); otherwise as `Fused`.
+    Paired,
 }
 
 /// The choices for one plan.
@@ -129,7 +132,7 @@ impl Default for Variants {
             rewrites: true,
             decoder: Decoder::Fused,
             stem: Stem::Fused,
-            strided: Strided::Fused,
+            strided: Strided::Paired,
             dependent_launch: true,
         }
     }
@@ -217,8 +220,12 @@ impl Variants {
                 self.stem = one_of(value, &names, "separate or fused")?;
             }
             "strided" => {
-                let names = [("separate", Strided::Separate), ("fused", Strided::Fused)];
-                self.strided = one_of(value, &names, "separate or fused")?;
+                let names = [
+                    ("separate", Strided::Separate),
+                    ("fused", Strided::Fused),
+                    ("paired", Strided::Paired),
+                ];
+                self.strided = one_of(value, &names, "separate, fused or paired")?;
             }
             "dependent_launch" => {
                 self.dependent_launch = one_of(value, &SWITCH, "on or off")?;
@@ -265,6 +272,7 @@ impl std::fmt::Display for Variants {
         let strided = match self.strided {
             Strided::Separate => "separate",
             Strided::Fused => "fused",
+            Strided::Paired => "paired",
         };
         let switch = |on: bool| if on { "on" } else { "off" };
         write!(

@@ -35,6 +35,21 @@ pub struct StridedTiling {
     pub shared_bytes: usize,
 }
 
+/// Outputs of a block: rows, and columns.
+pub const STRIDED_TILE: usize = 8;
+
+/// Pixels of x, on its grid, that a branch reads for a tile of outputs.
+pub fn strided_pixels((stride, dilation): (usize, usize)) -> usize {
+    ((STRIDED_TILE - 1) * stride + 2 * dilation + 1).pow(2)
+}
+
+/// Shared memory of one branch: sums of every warp, pixels of x, and 16 channels of the expansion.
+fn strided_shared(width: usize, branches: impl Iterator<Item = (usize, usize)>) -> Option<usize> {
+    let pixels = branches.map(strided_pixels).max()?.next_multiple_of(16);
+    let sums = 4 * 8 * 16 * (16 + 4);
+    Some(sums + 2 * (width + 16) * (pixels + 8))
+}
+
 /// For branches of `width` channels, each by its stride and dilation on its grid; None for other
 /// widths than the kernel has, and where the largest branch does not fit into `limit` bytes.
 pub fn strided_tiling(
@@ -42,16 +57,28 @@ pub fn strided_tiling(
     branches: impl Iterator<Item = (usize, usize)>,
     limit: usize,
 ) -> Option<StridedTiling> {
-    const TILE: usize = 8;
     let kernel = match width {
         32 => "strided_block_f16_c32",
         64 => "strided_block_f16_c64",
         _ => return None,
     };
-    let side = |(stride, dilation): (usize, usize)| (TILE - 1) * stride + 2 * dilation + 1;
-    let pixels = branches.map(|branch| side(branch).pow(2)).max()?.next_multiple_of(16);
-    let sums = 4 * 8 * 16 * (16 + 4);
-    let shared_bytes = sums + 2 * (width + 16) * (pixels + 8);
+    let shared_bytes = strided_shared(width, branches)?;
+    (shared_bytes <= limit).then_some(StridedTiling { kernel, shared_bytes })
+}
+
+/// The same with projection and next expansion, whose operand stays beside what a branch needs.
+pub fn strided_pair_tiling(
+    width: usize,
+    branches: impl Iterator<Item = (usize, usize)>,
+    limit: usize,
+) -> Option<StridedTiling> {
+    let kernel = match width {
+        32 => "strided_pair_f16_c32",
+        64 => "strided_pair_f16_c64",
+        _ => return None,
+    };
+    let plane = 2 * (STRIDED_TILE * STRIDED_TILE + 8);
+    let shared_bytes = 4 * width * plane + strided_shared(width, branches)?.max(width * plane);
     (shared_bytes <= limit).then_some(StridedTiling { kernel, shared_bytes })
 }
 
@@ -62,7 +89,7 @@ pub fn strided_block(
     branches: usize,
     args: Vec<Arg>,
 ) -> Launch {
-    let tiles = output.h.div_ceil(8) * output.w.div_ceil(8);
+    let tiles = output.h.div_ceil(STRIDED_TILE) * output.w.div_ceil(STRIDED_TILE);
     Launch {
         kernel: tiling.kernel,
         grid: grid(tiles, branches, output.n),
@@ -71,4 +98,9 @@ pub fn strided_block(
         args,
         cooperative: false,
     }
+}
+
+/// strided_block.cu: a block per tile of 8 x 8 outputs, all branches.
+pub fn strided_pair(tiling: StridedTiling, output: Shape, args: Vec<Arg>) -> Launch {
+    strided_block(tiling, output, 1, args)
 }

@@ -202,8 +202,8 @@ fn several(low: &mut Lowering, steps: &[Step]) -> usize {
         1
     } else if stem::block(low, steps, None) {
         4
-    } else if strided::block(low, steps) {
-        6
+    } else if let Some(done) = strided::block(low, steps) {
+        done
     } else if products::pair(low, steps) || products::subsampled(low, steps) {
         2
     } else if bytes::project(low, &steps[0]) {
