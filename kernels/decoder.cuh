@@ -82,7 +82,7 @@ struct PixelMap<__half> {
 #pragma unroll 1
         for (int k0 = 0; k0 < channels; k0 += CHUNK) {
             __syncwarp();
-#pragma unroll 8
+#pragma unroll
             for (int j = 0; j < CHUNK; j += 2) {
                 const int k = k0 + j + odd;
                 xs[(j + odd) * PITCH + p] = inside && k < channels

@@ -10,8 +10,8 @@
 // cores (f16; the maps are rounded to halves), or on 32 (f32).
 // Bytes: x1 1.3 times and x2 2.1 times with their halos, mostly out of L2, t, a byte per label. FLOPs:
 // 2 (channels + 4) (classes + 1) per pixel of z and scores, 8 classes per label.
-// Shared: scores in f32, z as the tensors are stored, 1.6 KB per warp for tensor cores: 43 KB in f16,
-// 35 KB in f32, for 19 classes and factors of two.
+// Shared: scores in f32, z as the tensors are stored, 1.6 KB per warp for tensor cores: 47 KB in f16,
+// 40 KB in f32, for 19 classes and factors of two.
 // Launch: 256 threads, grid (tiles of labels, 1, N): launch::decoder_labels().
 #include "bilinear.cuh"
 #include "decoder.cuh"

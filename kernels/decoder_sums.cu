@@ -14,7 +14,7 @@
 // Bytes: x2 once, s3 once and 0.7 times again out of L2, t; 4 (2 c3 + c2 + 1) per block there and
 // back. FLOPs: per pixel 3 c2 + 1 of x2, 2 c3 (classes + 2) of s3. Tensor cores make t in f16.
 // The end, one block's: 128 partial sums of 321 means at 1024 x 512, 30 k products of gates, 90 k of
-// maps. Shared: the largest of what the phases need, about 17 KB.
+// maps. Shared: the largest of what the phases need, about 20 KB.
 // Launch: 256 threads, grid (tiles of x2, 1, N): launch::decoder_sums().
 #include "bilinear.cuh"
 #include "decoder.cuh"

@@ -16,8 +16,10 @@
 // strided_pair goes on to the projection and the next block's expansion (pe.cuh): a block makes all
 // four branches of its 8 x 8 outputs one after the other, and keeps their 4 C values as the operand of
 // the projection. y is never in memory either: of 4 C values per pixel written and read, C written.
-// Bytes: x once and with its halo out of L2, output and next expanded tensor; weights, 12 C^2 halves,
-// per block out of L2. FLOPs: as above, and 16 C^2 per output.
+// The coarse branches share the pixels that the farthest of them needs, and expand all of these.
+// Bytes: x twice with its halos out of L2, output and next expanded tensor; weights, 12 C^2 halves,
+// per block out of L2. FLOPs: as above, 4 expanded pixels per output for every coarse branch, and
+// 16 C^2 per output.
 // Shared: 8 C (64 + 8) more than above: 57 KB for C = 32, 95 KB for C = 64, which a TITAN RTX has not.
 // Launch: 256 threads, grid (tiles, 1, N): launch::strided_pair().
 #include "cascade.cuh"
@@ -40,37 +42,68 @@ struct Branches {
     int in_h, in_w, h, w, x_batch, x_plane;
 };
 
-// One branch of the outputs from (oy0, ox0) on: `out(c, p, v)` for channel c of pixel p of the tile.
-// Those outside of the plane are of no use. `sums`: a tile of 16 x 16 per warp, then the pixels of x
-// and 16 channels of the expansion.
+// The pixels around a tile of outputs, as far as dilation `reach` goes, on the grid that its branches
+// work on: every `step`-th row and column of x, outputs `stride` apart.
+struct Around {
+    int step, stride, reach, side, count, pitch, y0, x0, h, w;
+
+    __device__ __forceinline__ Around(const Branches& op, bool fine, int reach, int oy0, int ox0)
+        : step(fine ? 1 : 2), stride(fine ? 2 : 1), reach(reach) {
+        side = (TILE - 1) * stride + 2 * reach + 1;
+        count = (side * side + 15) / 16 * 16;
+        pitch = count + HALF_PAD;
+        y0 = oy0 * stride - reach, x0 = ox0 * stride - reach;
+        h = (op.in_h + step - 1) / step, w = (op.in_w + step - 1) / step;
+    }
+    __device__ __forceinline__ bool inside(int q) const {
+        const int y = y0 + q / side, x = x0 + q % side;
+        return q < side * side && y >= 0 && y < h && x >= 0 && x < w;
+    }
+};
+
+// All C channels of these pixels into shared memory, a warp's share of the channels at a time.
+template <int C>
+__device__ __forceinline__ void stage_around(const Branches& op, const Around& at, __half* xs) {
+    constexpr int CHANNELS = C / TILE_WARPS, AT_ONCE = 16 / CHANNELS;
+    const int lane = threadIdx.x % 32, c0 = threadIdx.x / 32 * CHANNELS;
+    const __half* x = op.x + plane_at(blockIdx.z, op.x_batch, c0, op.x_plane);
+    for (int first = lane; first < at.count; first += 32 * AT_ONCE) {
+        __half v[AT_ONCE][CHANNELS];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int q = first + 32 * i;
+            const bool inside = at.inside(q);
+            const __half* from =
+                x + static_cast<size_t>((at.y0 + q / at.side) * at.step) * op.in_w +
+                (at.x0 + q % at.side) * at.step;
+#pragma unroll
+            for (int c = 0; c < CHANNELS; ++c) {
+                v[i][c] = inside ? from[static_cast<size_t>(c) * op.x_plane] : __float2half(0.0f);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int q = first + 32 * i;
+            if (q >= at.count) break;
+#pragma unroll
+            for (int c = 0; c < CHANNELS; ++c) xs[(c0 + c) * at.pitch + q] = v[i][c];
+        }
+    }
+}
+
+// One branch of a tile from the pixels around it: `out(c, p, v)` for channel c of its pixel p. Those
+// outside of the plane are of no use. `sums`: a tile of 16 x 16 per warp, then the pixels of x, then
+// 16 channels of the expansion.
 template <int C, typename Out>
-__device__ __forceinline__ void make_branch(const Branches& op, int branch, int oy0, int ox0,
+__device__ __forceinline__ void make_branch(const Branches& op, int branch, const Around& at,
                                             float* sums, Out out) {
     const int d = op.dilations.at(branch), warp = threadIdx.x / 32;
     const bool is_fine = branch < op.fine;
-    // The grid that the branch works on: every `step`-th row and column of x, outputs `stride` apart.
-    const int step = is_fine ? 1 : 2, stride = is_fine ? 2 : 1;
-    const int grid_h = (op.in_h + step - 1) / step, grid_w = (op.in_w + step - 1) / step;
-    const int gx0 = ox0 * stride - d, gy0 = oy0 * stride - d;
-    const int side = (TILE - 1) * stride + 2 * d + 1, count = (side * side + 15) / 16 * 16;
-    const int pitch = count + HALF_PAD;
-    __half* xs = reinterpret_cast<__half*>(sums + TILE_WARPS * 16 * SUM_PITCH);
-    __half* es = xs + C * pitch;
-
-    const __half* x = op.x + plane_at(blockIdx.z, op.x_batch, 0, 0);
-    for (int q = threadIdx.x; q < count; q += TILE_THREADS) {
-        const int gy = gy0 + q / side, gx = gx0 + q % side;
-        const bool inside =
-            q < side * side && gy >= 0 && gy < grid_h && gx >= 0 && gx < grid_w;
-        const __half* from = x + static_cast<size_t>(gy * step) * op.in_w + gx * step;
-#pragma unroll 8
-        for (int c = 0; c < C; ++c) {
-            xs[c * pitch + q] =
-                inside ? from[static_cast<size_t>(c) * op.x_plane] : __float2half(0.0f);
-        }
-    }
-    __syncthreads();
-
+    const int pitch = at.pitch, side = at.side;
+    const bool whole =
+        at.y0 >= 0 && at.x0 >= 0 && at.y0 + side <= at.h && at.x0 + side <= at.w;
+    const __half* xs = reinterpret_cast<const __half*>(sums + TILE_WARPS * 16 * SUM_PITCH);
+    __half* es = reinterpret_cast<__half*>(sums + TILE_WARPS * 16 * SUM_PITCH) + C * pitch;
     const int row0 = (is_fine ? branch : branch - op.fine) * C;
     const __half* expand = op.half_params + (is_fine ? op.fine_w : op.coarse_w) + row0 * C;
     const float* expand_bias = op.params + (is_fine ? op.fine_b : op.coarse_b) + row0;
@@ -83,7 +116,7 @@ __device__ __forceinline__ void make_branch(const Branches& op, int branch, int 
         for (int k = 0; k < C / 16; ++k) {
             wmma::load_matrix_sync(a[k], expand + row * C + 16 * k, C);
         }
-        for (int column = warp * 16; column < count; column += TILE_WARPS * 16) {
+        for (int column = warp * 16; column < at.count; column += TILE_WARPS * 16) {
             Sums acc;
             wmma::fill_fragment(acc, 0.0f);
 #pragma unroll
@@ -94,22 +127,26 @@ __device__ __forceinline__ void make_branch(const Branches& op, int branch, int 
             }
             wmma::store_matrix_sync(own, acc, SUM_PITCH, wmma::mem_row_major);
             __syncwarp();
-            const int q = column + static_cast<int>(threadIdx.x % 16);
-            const int gy = gy0 + q / side, gx = gx0 + q % side;
-            const bool inside =
-                q < side * side && gy >= 0 && gy < grid_h && gx >= 0 && gx < grid_w;
+            // Eight pixels of a row per lane.
+            const int r = threadIdx.x % 32 / 2, eight = threadIdx.x % 2 * 8;
+            const float shift = expand_bias[row + r];
+            float v[8];
+            load_eight(own + r * SUM_PITCH + eight, v);
 #pragma unroll
-            for (int r = threadIdx.x % 32 / 16; r < 16; r += 2) {
-                const float v = own[r * SUM_PITCH + threadIdx.x % 16] + expand_bias[row + r];
-                store(es + r * pitch + q, inside ? relu(v) : 0.0f);
+            for (int i = 0; i < 8; ++i) {
+                v[i] = whole || at.inside(column + eight + i) ? relu(v[i] + shift) : 0.0f;
             }
+            store_eight(es + r * pitch + column + eight, v);
             __syncwarp();
         }
         __syncthreads();
+        // The first tap of pixel (0, 0), from where the farthest branch's would be.
+        const __half* start = es + (at.reach - d) * (side + 1);
 #pragma unroll
         for (int i = threadIdx.x; i < 16 * TILE * TILE; i += TILE_THREADS) {
             const int r = i / (TILE * TILE), c = row + r, p = i % (TILE * TILE);
-            const __half* from = es + r * pitch + p / TILE * stride * side + p % TILE * stride;
+            const __half* from =
+                start + r * pitch + p / TILE * at.stride * side + p % TILE * at.stride;
             float v = bias[c];
 #pragma unroll
             for (int t = 0; t < 9; ++t) {
@@ -129,8 +166,11 @@ __device__ __forceinline__ void strided_block(const Branches& op, __half* __rest
     const int ox0 = blockIdx.x % tiles_x * TILE, oy0 = blockIdx.x / tiles_x * TILE;
     start_next();
     wait_for_previous();
+    const Around at(op, branch < op.fine, op.dilations.at(branch), oy0, ox0);
+    stage_around<C>(op, at, reinterpret_cast<__half*>(sums + TILE_WARPS * 16 * SUM_PITCH));
+    __syncthreads();
     y += plane_at(blockIdx.z, y_batch, branch * C, y_plane);
-    make_branch<C>(op, branch, oy0, ox0, sums, [&](int c, int p, float v) {
+    make_branch<C>(op, branch, at, sums, [&](int c, int p, float v) {
         const int oy = oy0 + p / TILE, ox = ox0 + p % TILE;
         if (oy >= op.h || ox >= op.w) return;
         store(y + static_cast<size_t>(c) * y_plane + static_cast<size_t>(oy) * op.w + ox, v);
@@ -160,10 +200,20 @@ __device__ __forceinline__ void strided_pair(const Branches& op,
     wait_for_previous();
     // What the branches work in lies where the projection's result comes, when they are done.
     float* sums = reinterpret_cast<float*>(shared + L::Y);
-    for (int branch = 0; branch < 4; ++branch) {
-        make_branch<C>(op, branch, oy0, ox0, sums, [&](int c, int p, float v) {
-            store(shared + (branch * C + c) * L::PITCH + p, v);
-        });
+    for (int first = 0; first < 4; first = first < op.fine ? op.fine : 4) {
+        const int end = first < op.fine ? op.fine : 4;
+        int reach = 0;
+        for (int branch = first; branch < end; ++branch) {
+            reach = max(reach, op.dilations.at(branch));
+        }
+        const Around at(op, first < op.fine, reach, oy0, ox0);
+        stage_around<C>(op, at, reinterpret_cast<__half*>(sums + TILE_WARPS * 16 * SUM_PITCH));
+        __syncthreads();
+        for (int branch = first; branch < end; ++branch) {
+            make_branch<C>(op, branch, at, sums, [&](int c, int p, float v) {
+                store(shared + (branch * C + c) * L::PITCH + p, v);
+            });
+        }
     }
     const bool inside = oy0 + TILE <= op.h && ox0 + TILE <= op.w && op.w % TILE == 0 &&
                         wide(pair.y, pair.ys.batch, pair.ys.plane) &&

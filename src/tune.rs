@@ -99,7 +99,7 @@ pub fn measure(
         tick(&Trial { variants: variants.to_string(), graphs, microseconds });
         Ok(microseconds)
     };
-    let start = Variants::default();
+    let start = Variants { rewrites: choice::rewritten(&plan), ..Variants::default() };
     let (variants, mut best) =
         choice::climb(start, MARGIN, |variants| time(Choice { variants, graphs: true }))?;
     let mut graphs = true;

@@ -145,26 +145,37 @@ fn networks_agree_with_the_cpu_whatever_the_kernels() {
     }
 }
 
-/// The kernels that the default network takes at a size.
-fn network_kernels(element: Element, variants: Variants) -> Vec<&'static str> {
+/// The kernels that a network takes for labels.
+fn network_kernels(
+    config: &ModelConfig,
+    size: (usize, usize, usize),
+    element: Element,
+    variants: Variants,
+) -> Vec<&'static str> {
     let rewrites = if variants.rewrites { Rewrites::ALL } else { Rewrites::NONE };
-    let graph = Graph::fpenet(&ModelConfig::default()).unwrap();
+    let graph = Graph::fpenet(config).unwrap();
     let params = ParamStore::init(&graph.params, 1);
     let (graph, _) = passes::for_inference_with(&graph, &params, rewrites);
-    let plan = Plan::new(&graph, (1, 512, 1024), Mode::Labels, PlaneLayout::Dense).unwrap();
+    let plan = Plan::new(&graph, size, Mode::Labels, PlaneLayout::Dense).unwrap();
     kernels(&plan, element, SHARED, variants)
+}
+
+/// How many of them begin so.
+fn count(kernels: &[&str], prefix: &str) -> usize {
+    kernels.iter().filter(|name| name.starts_with(prefix)).count()
 }
 
 #[test]
 fn the_default_network_takes_few_launches() {
     for (element, launches, pairs) in [(Element::F16, 25, 8), (Element::F32, 33, 10)] {
-        let used = network_kernels(element, Variants::default());
-        let count = |prefix: &str| used.iter().filter(|name| name.starts_with(prefix)).count();
-        assert_eq!(count("gemm"), 0, "{used:?}");
-        assert_eq!(count("pair_"), pairs, "{used:?}");
-        assert_eq!(count("copy_"), 0, "{used:?}");
+        let kernels =
+            |variants| network_kernels(&ModelConfig::default(), (1, 512, 1024), element, variants);
+        let used = kernels(Variants::default());
+        assert_eq!(count(&used, "gemm"), 0, "{used:?}");
+        assert_eq!(count(&used, "pair_"), pairs, "{used:?}");
+        assert_eq!(count(&used, "copy_"), 0, "{used:?}");
         assert_eq!(used.len(), launches, "{used:?}");
-        let plain = network_kernels(element, Variants::PLAIN);
+        let plain = kernels(Variants::PLAIN);
         assert!(plain.len() > 80, "{}: {plain:?}", plain.len());
     }
 }
@@ -175,6 +186,10 @@ fn the_default_network_takes_few_launches() {
 fn a_decoder_in_two_launches_agrees_with_the_cpu() {
     for (classes, size) in [(19, (3, 75, 141)), (11, (3, 21, 139)), (2, (2, 16, 16))] {
         let config = ModelConfig { classes, p: 1, q: 1, ..ModelConfig::default() };
+        for element in [Element::F32, Element::F16] {
+            let used = network_kernels(&config, size, element, Variants::default());
+            assert_eq!(count(&used, "decoder_"), 2, "{used:?}");
+        }
         let model = Model::init(config, 5).unwrap();
         let cpu = || -> Box<dyn Backend> { Box::new(CpuBackend::new(Some(1)).unwrap()) };
         let (reference, _) = outputs(&model, cpu, size);
@@ -196,14 +211,16 @@ fn a_decoder_in_two_launches_agrees_with_the_cpu() {
     }
 }
 
-/// What a plan for labels leaves of the tensors that a strided block writes: sides that are odd, tiles
-/// with a rest, more than one tile, images; blocks whose projection has another non-linearity.
+/// Sides that are odd, tiles with a rest, more than one tile, images; rows of 16 bytes; blocks whose
+/// projection has another non-linearity.
 #[test]
 fn strided_blocks_in_one_launch_agree_with_the_cpu() {
     for (block_activation, size) in
         [(BlockActivation::Linear, (3, 75, 141)), (BlockActivation::Relu, (1, 64, 128))]
     {
         let config = ModelConfig { p: 2, q: 2, block_activation, ..ModelConfig::default() };
+        let used = network_kernels(&config, size, Element::F16, Variants::default());
+        assert_eq!(count(&used, "strided_pair_"), 2, "{used:?}");
         let model = Model::init(config, 8).unwrap();
         let cpu = || -> Box<dyn Backend> { Box::new(CpuBackend::new(Some(1)).unwrap()) };
         let (reference, _) = outputs(&model, cpu, size);

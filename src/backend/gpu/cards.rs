@@ -52,9 +52,11 @@ pub struct Card {
 // per launch from a host that does nothing else.
 pub static CARDS: [Card; 4] = [
     Card {
-        // NVIDIA TITAN V product page; AnandTech, "The NVIDIA Titan V Deep Learning Deep Dive", 2018:
-        // 5120 cores on 80 SMs, 1455 MHz boost, 653 GB/s, 4.5 MB L2, 110 TFLOPS tensor.
-        // FP32: 5120 cores * 2 * 1.455 GHz.
+        // AnandTech, "The NVIDIA Titan V Deep Learning Deep Dive", 2018, its table of specifications:
+        // 5120 cores, 1455 MHz boost, 653 GB/s (3072 bits at 1.7 Gbit/s: 652.8), 4.5 MB L2; geektopia.es,
+        // 8 December 2017, after NVIDIA's page: 80 SMs, 110 TFLOPS tensor.
+        // FP32: 5120 cores * 2 * 1.455 GHz. Both give NVIDIA's 13.8 TFLOPS, which is 1.35 GHz: a bound
+        // must not be lower than what the boost clock allows.
         // L2: V100 2155 GB/s (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via
         // Microbenchmarking", 2018), times 3/4 of its slices and 1455/1380 of its clock.
         id: "titan-v",
@@ -76,8 +78,9 @@ pub static CARDS: [Card; 4] = [
         launch: 4e-6,
     },
     Card {
-        // NVIDIA TITAN RTX product page and Turing whitepaper, 2018: 4608 cores on 72 SMs, 1770 MHz
-        // boost, 672 GB/s, 6 MB L2, 16.3 TFLOPS FP32, 130.5 TFLOPS tensor.
+        // Tom's Hardware, "Nvidia Titan RTX" (news 38184), 3 December 2018: 4608 cores, 1770 MHz boost,
+        // 672 GB/s, 6 MB L2, 16.3 TFLOPS FP32, 130 TFLOPS tensor; 64 cores per SM: 72 SMs. 130.5: the
+        // sheet of the Quadro RTX 8000, the same chip at the same clock (Leadtek), f32 sums included.
         // L2: T4 1270 GB/s (Jia et al., "Dissecting the NVidia Turing T4 GPU via Microbenchmarking",
         // 2019), times 6 MB / 4 MB of its slices and 1770/1590 of its clock.
         id: "titan-rtx",
@@ -99,8 +102,10 @@ pub static CARDS: [Card; 4] = [
         launch: 4e-6,
     },
     Card {
-        // NVIDIA H100 data sheet (SXM) and Hopper whitepaper, 2022: 132 SMs, 50 MB L2, 3.35 TB/s,
-        // 67 TFLOPS FP32, 989 TFLOPS dense f16 tensor. Boost 1980 MHz.
+        // NVIDIA, "H100 Tensor Core GPU Architecture", 2022, and its figures at glennklockwood.com/garden/
+        // processors/h100: SXM5 with 132 SMs, 1980 MHz boost (1830 MHz for the tensor peaks), 3.35 TB/s,
+        // 66.9 TFLOPS FP32, 989.4 TFLOPS f16 tensor without sparsity. 50 MB L2: Chips and Cheese,
+        // "Nvidia's H100: Funny L2, and Tons of Bandwidth", 2 July 2023.
         // L2: assumed, 5.5 TB/s; a third of 64 bytes per clock and SM.
         id: "h100",
         name: "H100",
@@ -121,7 +126,9 @@ pub static CARDS: [Card; 4] = [
         launch: 4e-6,
     },
     Card {
-        // NVIDIA H200 data sheet (SXM), 2024: the H100's chip with 4.8 TB/s of HBM3e.
+        // The H100's chip with 4.8 TB/s of HBM3e: itkb.uw.cz, "NVIDIA H200 vs B300", 22 June 2026 (132
+        // SMs, 989 TFLOPS f16 without sparsity), after NVIDIA's data sheet of the SXM module, 2024;
+        // hmc-tech.com's comparison: 16896 cores, 1980 MHz, 66.9 TFLOPS FP32.
         id: "h200",
         name: "H200",
         arch: 90,

@@ -88,7 +88,8 @@ pub struct Key {
     pub precision: String,
     /// N x 3 x H x W.
     pub shape: [usize; 4],
-    /// Checksum of the network's parameter shapes, and what the plan is for.
+    /// What the plan is for, with or without rewrites ([`Variants::rewrites`]), and a checksum of the
+    /// network's parameter shapes.
     pub network: String,
     /// Version of this program.
     pub version: String,
@@ -109,6 +110,7 @@ impl Key {
         // Logits and labels differ by the last step only, and share a choice.
         let purpose = match plan.mode {
             crate::graph::Mode::Training => "training",
+            _ if rewritten(plan) => "inference, rewritten",
             _ => "inference",
         };
         Key {
@@ -267,6 +269,18 @@ pub fn rewrites(variants: Variants) -> Rewrites {
     Rewrites { byte_scales: variants.expanded == Expanded::Bytes, ..exact }
 }
 
+/// Whether a plan was made with rewrites: it has operators that nothing else makes.
+pub fn rewritten(plan: &Plan) -> bool {
+    plan.steps.iter().any(|step| step.op.inference_only())
+}
+
+/// The default choice for a plan; one with scales was made for 8 bits.
+fn start(plan: &Plan, element: Element) -> Variants {
+    let bytes = element == Element::F16 && plan.steps.iter().any(|s| s.byte_scale.is_some());
+    let expanded = if bytes { Expanded::Bytes } else { Expanded::Stored };
+    Variants { rewrites: rewritten(plan), expanded, ..Variants::default() }
+}
+
 /// The choice with one value changed.
 ///
 /// # Errors
@@ -354,11 +368,7 @@ pub fn by_model(
         Ok(Some(cost::total(&costs, card, true).expected))
     };
     // A margin: the model is not good enough to leave the default for nothing.
-    // A plan with scales was made for 8 bits.
-    let bytes = element == Element::F16 && plan.steps.iter().any(|s| s.byte_scale.is_some());
-    let expanded = if bytes { Expanded::Bytes } else { Expanded::Stored };
-    let start = Variants { expanded, ..Variants::default() };
-    let (variants, _) = climb(start, 0.02, predict)?;
+    let (variants, _) = climb(start(plan, element), 0.02, predict)?;
     let costs = work(plan, element, card.shared_per_block, variants)?;
     let graph = cost::total(&costs, card, true);
     let single = cost::total(&costs, card, false);

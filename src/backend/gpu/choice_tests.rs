@@ -68,6 +68,12 @@ fn what_is_stored_is_found_again_under_the_same_key_alone() {
     ] {
         assert_eq!(cache.load(&other).unwrap(), None, "{other:?}");
     }
+    // So has one without the rewrites, whose choice says so.
+    let model = Model::init(ModelConfig::default(), 0).unwrap();
+    let layout = (PlaneLayout::Dense, Rewrites::NONE);
+    let plain = exec::plan_inference(&model, layout, (1, 32, 64), Mode::Labels).unwrap().0;
+    assert_ne!(Key::new(key().device, &plain, Element::F16), key());
+    assert!(!by_model(&plain, Element::F16, &CARDS[0]).unwrap().0.variants.rewrites);
     // A network of another structure has another key by itself.
     let small = Model::init(ModelConfig { p: 1, q: 1, ..ModelConfig::default() }, 0).unwrap();
     let made =

@@ -36,6 +36,9 @@ const BYTES_IN_FLIGHT: f64 = 32.0;
 /// Seconds from a load's issue to its data, from L2 and from memory; assumed, about what
 /// microbenchmarks find.
 const LATENCY: (f64, f64) = (250e-9, 500e-9);
+/// Bytes per clock that L2 gives a multiprocessor that is alone with it; assumed for all cards, what
+/// microbenchmarks find on a V100.
+const LINE: f64 = 64.0;
 /// Rows and columns of the tile that a block of a matrix product makes, assumed.
 const GEMM_TILE: (usize, usize) = (64, 128);
 
@@ -137,10 +140,11 @@ impl CommandCost {
         let compute = (compute / share + beside / efficiency::FP32) / fill;
         let work = compute.max(moved).max((bytes + again) / in_flight);
         let (last_bytes, last_flops) = (self.last.0 as f64, self.last.1 as f64);
-        let alone =
-            last_bytes / (card.l2 * efficiency::L2) + last_flops / card.fp32 / efficiency::FP32;
+        let one =
+            (LINE * card.clock * efficiency::L2, card.fp32 * efficiency::FP32 / card.sms as f64);
+        let alone = last_bytes / one.0 + last_flops / one.1;
         let cost = if graph { card.dependency } else { card.launch };
-        Prediction { roofline, expected: work + alone * card.sms as f64 + cost }
+        Prediction { roofline, expected: work + alone + cost }
     }
 }
 
@@ -425,13 +429,27 @@ fn strided(group: &Group, launch: &Launch, whole: usize) -> CommandCost {
     // Behind pointers and non-linearities: how many branches are fine, and their dilations.
     let first = if pair { 11 } else { 4 };
     let branches = if pair { 4 } else { launch.grid[1] as usize };
-    let pixels = |branch: usize| {
-        let stride = if branch < int(launch, first) { 2 } else { 1 };
-        launch::strided_pixels((stride, int(launch, first + 1 + branch)))
+    let (fine, dilation) = (int(launch, first), |branch: usize| int(launch, first + 1 + branch));
+    let farthest = |from, to| (from..to).map(dilation).max().unwrap_or(0);
+    let (expanded, loaded) = match pair {
+        false => {
+            let stride = |branch| if branch < fine { 2 } else { 1 };
+            let pixels = |branch| launch::strided_pixels((stride(branch), dilation(branch)));
+            let pixels = (0..branches).map(pixels).sum::<usize>();
+            (pixels, pixels)
+        }
+        // All branches of a grid have the pixels of the farthest one.
+        true => {
+            let fine_pixels = launch::strided_pixels((2, farthest(0, fine)));
+            let coarse_pixels = launch::strided_pixels((1, farthest(fine, branches)));
+            let all = fine * fine_pixels + (branches - fine) * coarse_pixels;
+            (all, fine_pixels + coarse_pixels)
+        }
     };
-    let loaded = (0..branches).map(pixels).sum::<usize>() * launch.grid[0] as usize * x.n;
+    let tiles = launch.grid[0] as usize * x.n;
+    let (expanded, loaded) = (expanded * tiles, loaded * tiles);
     let taps = 18 * x.c * branches * outputs;
-    let products = 2 * x.c * x.c * loaded + if pair { 16 * x.c * x.c * outputs } else { 0 };
+    let products = 2 * x.c * x.c * expanded + if pair { 16 * x.c * x.c * outputs } else { 0 };
     // Blocks of one branch read their share of the weights.
     let share = if pair { 1 } else { branches };
     let weights = group.parameters() * (blocks / share - 1);

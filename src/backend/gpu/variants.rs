@@ -82,7 +82,7 @@ pub enum Strided {
     /// Expansion and branches in one launch (kernels/strided_block.cu, f16).
     Fused,
     /// The projection and the next block's expansion in it as well, where shared memory has room for
-    /// what is between them (58 or 97 KB); otherwise as `Fused`.
+    /// what is between them (57 or 95 KB); otherwise as `Fused`.
     Paired,
 }
 

@@ -148,11 +148,12 @@ fn paired(low: &mut Lowering, block: &Block, steps: &[Step]) -> Option<usize> {
         && expand_op.out_channels == 4 * width
         && [project_op.act, expand_op.act].iter().all(|act| *act != Act::Sigmoid);
     // Blocks write y and z while others still read x.
+    let given_away = |tensor: &Tensor| overlap(y, tensor) || overlap(z, tensor);
     let mut unwritten = block.between.into_iter().chain([block.y]);
     let safe = !overlap(x, y)
         && !overlap(x, z)
         && !overlap(y, z)
-        && !unwritten.any(|tensor| read_later(tensor, later));
+        && !unwritten.any(|tensor| !given_away(tensor) && read_later(tensor, later));
     let tiling = launch::strided_pair_tiling(width, block.branches(), low.shared_limit)?;
     let half_params = low.memory.params_half.filter(|_| linked && fits && safe)?;
     let mut args = args![low.at(x), half_params, low.memory.params];
