@@ -29,7 +29,9 @@ fn all_the_networks_arithmetic_is_in_the_commands_whatever_the_variants() {
         for element in [Element::F32, Element::F16] {
             let flops = sum(&work(element, 96 << 10, variants), |cost| cost.flops);
             let ratio = flops / (2 * macs) as f64;
-            assert!((0.98..1.15).contains(&ratio), "{variants} {element:?}: {ratio}");
+            // The halos of strided blocks and of the decoder's tiles are computed again in f16.
+            let most = if element == Element::F16 { 1.25 } else { 1.15 };
+            assert!((0.98..most).contains(&ratio), "{variants} {element:?}: {ratio}");
         }
     }
 }
@@ -49,12 +51,14 @@ fn half_precision_halves_the_bytes_of_fused_kernels_and_fusing_saves_some() {
 /// and write besides stays. KERNELS.md (style f) has 285 MB and 172 MB for the network.
 #[test]
 fn expanded_tensors_in_bytes_move_fewer_bytes_and_nothing_else_changes() {
-    let variants = Variants { expanded: Expanded::Bytes, ..Variants::default() };
+    // A strided block that goes on to the next expansion leaves halves.
+    let same = Variants { strided: Strided::Fused, ..Variants::default() };
+    let variants = Variants { expanded: Expanded::Bytes, ..same };
     let model = Model::init(ModelConfig::default(), 0).unwrap();
     let wanted = (PlaneLayout::Dense, choice::rewrites(variants));
     let plan = exec::plan_inference(&model, wanted, (1, 512, 1024), Mode::Labels).unwrap().0;
     let bytes = choice::work(&plan, Element::F16, 228 << 10, variants).unwrap();
-    let stored = work(Element::F16, 228 << 10, Variants::default());
+    let stored = work(Element::F16, 228 << 10, same);
     assert_eq!(bytes.len(), stored.len());
     // Elements of an expanded tensor, in stages 2 and 3; a block writes and reads two.
     let (two, three) = (128 * 128 * 256, 256 * 64 * 128);
@@ -66,7 +70,7 @@ fn expanded_tensors_in_bytes_move_fewer_bytes_and_nothing_else_changes() {
         assert_eq!(a.flops, b.flops);
     }
     // Scales without 8 bits to use them for change nothing.
-    let plain = choice::work(&plan, Element::F16, 228 << 10, Variants::default()).unwrap();
+    let plain = choice::work(&plan, Element::F16, 228 << 10, same).unwrap();
     assert_eq!(sum(&plain, |cost| cost.bytes), sum(&stored, |cost| cost.bytes));
 }
 

@@ -1,7 +1,7 @@
 //! Strided blocks on the even grid: expansion and branches in one launch, with the projection and the
 //! next block's expansion as well where there is room.
 
-use super::{Lowering, act_code, args, overlap, read_later};
+use super::{Lowering, act_code, args, bytes, overlap, read_later};
 use crate::backend::gpu::device::Element;
 use crate::backend::gpu::launch::{self, Arg};
 use crate::backend::gpu::variants::Strided;
@@ -147,6 +147,10 @@ fn paired(low: &mut Lowering, block: &Block, steps: &[Step]) -> Option<usize> {
         && (project_op.in_channels, project_op.out_channels) == (4 * width, width)
         && expand_op.out_channels == 4 * width
         && [project_op.act, expand_op.act].iter().all(|act| *act != Act::Sigmoid);
+    // An expansion that is to leave bytes is a pair's, which can.
+    if bytes::left_by_expansion(low, &steps[1..]).is_some() {
+        return None;
+    }
     // Blocks write y and z while others still read x.
     let given_away = |tensor: &Tensor| overlap(y, tensor) || overlap(z, tensor);
     let mut unwritten = block.between.into_iter().chain([block.y]);
