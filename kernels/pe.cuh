@@ -11,7 +11,7 @@ struct Planes {
 };
 
 // y = act1(w1 x + b1 + residual), z = act2(w2 y + b2), in the order of the kernels' parameters.
-// Biases and the residual may be null, and z, then there is no second product. z may be x, tensor
+// Biases and the residual may be null, and w2 with z: then there is no second product. z may be x, tensor
 // for tensor; nothing else may overlap. X and Z are what x and z are stored in.
 template <typename T, typename X = T, typename Z = T>
 struct ProjectExpand {
@@ -84,6 +84,7 @@ __device__ __forceinline__ void stage_pair_weights(const __half* w1, const __hal
                                                    __half* shared) {
     using L = PairLayout<C, P, true>;
     stage_matrix<C, L::E, L::PITCH1, THREADS>(w1, shared + L::W1);
+    if (w2 == nullptr) return;
     stage_matrix<L::E, C, L::PITCH2, THREADS>(w2, shared + L::W2);
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::gpu::cards::Card;
 use crate::backend::gpu::choice::{self, Cache, Choice, Entry};
-use crate::backend::gpu::cost::{CommandCost, Prediction};
+use crate::backend::gpu::cost::{self, CommandCost, Prediction};
 use crate::backend::gpu::variants::Expanded;
 use crate::backend::gpu::{Element, Variants};
 use crate::backend::{Backend, State};
@@ -251,7 +251,7 @@ pub fn predict(
         variants: choice.variants.to_string(),
         graphs: choice.graphs,
         classes,
-        commands: costs.len(),
+        commands: cost::launches(&costs),
         roofline_us: total.roofline * 1e6,
         predicted_us: total.expected * 1e6,
         predicted_fps: batch as f64 / total.expected,
@@ -294,7 +294,7 @@ fn by_class(costs: &[CommandCost], card: &Card, graphs: bool) -> Vec<ClassPredic
         let occupancy = members.iter().map(|cost| cost.occupancy(card)).fold(1.0, f64::min);
         ClassPrediction {
             class,
-            commands: members.len(),
+            commands: members.iter().filter(|cost| !cost.behind_barrier).count(),
             megabytes: members.iter().map(|cost| cost.bytes + cost.again).sum::<u64>() as f64 / 1e6,
             gflops: members.iter().map(|cost| cost.flops).sum::<u64>() as f64 / 1e9,
             occupancy,

@@ -17,6 +17,8 @@ mod loss_scaling;
 mod network;
 #[path = "emulated/products.rs"]
 mod products;
+#[path = "emulated/stage.rs"]
+mod stage;
 #[path = "emulated/tensor_cores.rs"]
 mod tensor_cores;
 

@@ -66,8 +66,9 @@ def main() -> None:
                 entry = {"stack": 0, "spill": 0, "threads": sizes.get(found[1], 256)}
                 kernels.setdefault((name, found[1]), {})[arch] = entry
             elif entry is not None and (found := SPILL.search(line)):
-                entry["stack"] = int(found[1])
-                entry["spill"] = int(found[2]) + int(found[3])
+                # Functions that are not inlined have lines of their own.
+                entry["stack"] = max(entry["stack"], int(found[1]))
+                entry["spill"] += int(found[2]) + int(found[3])
             elif entry is not None and (found := USED.search(line)):
                 entry["registers"] = int(found[1])
                 shared = SHARED.search(line)

@@ -13,6 +13,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 // Static shared memory: one block runs at a time on an OS thread. Not for cooperative kernels, whose

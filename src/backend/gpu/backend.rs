@@ -601,7 +601,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         let gemms = costs.iter().filter(|cost| cost.kernel == "gemm").count();
         let card = self.device.card();
         Some(Work {
-            launches: costs.len() - gemms,
+            launches: cost::launches(&costs) - gemms,
             gemms,
             replayed: self.device.records(),
             bytes: costs.iter().map(|cost| cost.bytes + cost.again).sum(),

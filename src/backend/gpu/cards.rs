@@ -40,6 +40,8 @@ pub struct Card {
     pub blocks: usize,
     /// Seconds from a kernel to one that depends on it inside a CUDA graph: assumed.
     pub dependency: f64,
+    /// Seconds of a barrier of all blocks of a launch: assumed.
+    pub barrier: f64,
     /// Seconds per launch where commands are launched one by one: assumed.
     pub launch: f64,
 }
@@ -48,8 +50,8 @@ pub struct Card {
 // Multiprocessor limits: CUDA C++ Programming Guide, "Technical Specifications per Compute
 // Capability" (7.0: 96 KB shared, 2048 threads, 32 blocks; 7.5: 64 KB, 1024, 16; 9.0: 228 KB, 227 KB
 // per block, 2048, 32; 64 K registers each).
-// dependency, launch: nothing measured; the study's 2.5 us before Hopper and 1.5 us on it, and 4 us
-// per launch from a host that does nothing else.
+// dependency, barrier, launch: nothing measured; the study's 2.5 us before Hopper and 1.5 us on it, its
+// 1.6 and 1 us per barrier, and 4 us per launch from a host that does nothing else.
 pub static CARDS: [Card; 4] = [
     Card {
         // AnandTech, "The NVIDIA Titan V Deep Learning Deep Dive", 2018, its table of specifications:
@@ -75,6 +77,7 @@ pub static CARDS: [Card; 4] = [
         threads: 2048,
         blocks: 32,
         dependency: 2.5e-6,
+        barrier: 1.6e-6,
         launch: 4e-6,
     },
     Card {
@@ -99,6 +102,7 @@ pub static CARDS: [Card; 4] = [
         threads: 1024,
         blocks: 16,
         dependency: 2.5e-6,
+        barrier: 1.6e-6,
         launch: 4e-6,
     },
     Card {
@@ -123,6 +127,7 @@ pub static CARDS: [Card; 4] = [
         threads: 2048,
         blocks: 32,
         dependency: 1.5e-6,
+        barrier: 1.0e-6,
         launch: 4e-6,
     },
     Card {
@@ -145,6 +150,7 @@ pub static CARDS: [Card; 4] = [
         threads: 2048,
         blocks: 32,
         dependency: 1.5e-6,
+        barrier: 1.0e-6,
         launch: 4e-6,
     },
 ];

@@ -236,7 +236,7 @@ impl Cache {
 
 /// Choices by their key in text, with the values to try. A key that [`Variants`] does not have in this
 /// build is passed over.
-pub const DIMENSIONS: [(&str, &[&str]); 10] = [
+pub const DIMENSIONS: [(&str, &[&str]); 11] = [
     ("products", &["blas", "fused"]),
     ("pairs", &["separate", "fused"]),
     ("pair_pixels", &["32", "64", "128"]),
@@ -246,6 +246,7 @@ pub const DIMENSIONS: [(&str, &[&str]); 10] = [
     ("decoder", &["separate", "grouped", "fused"]),
     ("stem", &["separate", "fused"]),
     ("strided", &["separate", "fused", "paired"]),
+    ("stage3", &["separate", "persistent"]),
     ("dependent_launch", &["off", "on"]),
 ];
 

@@ -9,7 +9,7 @@
 use super::cards::Card;
 use super::device::Element;
 use super::kernel_report;
-use super::launch::{self, Arg, CascadeShape, Command, Gemm, Launch};
+use super::launch::{self, Arg, CascadeShape, Command, Gemm, Launch, StagePart};
 use super::lower::Program;
 use crate::graph::{Plan, Step, Tensor};
 use crate::ops::Op;
@@ -77,6 +77,8 @@ pub struct CommandCost {
     pub threads: usize,
     /// Dynamic shared memory of a block.
     pub shared_bytes: usize,
+    /// Whether it is part of the launch before it, and begins with a grid barrier.
+    pub behind_barrier: bool,
 }
 
 /// Seconds of one command or of several.
@@ -143,7 +145,11 @@ impl CommandCost {
         let one =
             (LINE * card.clock * efficiency::L2, card.fp32 * efficiency::FP32 / card.sms as f64);
         let alone = last_bytes / one.0 + last_flops / one.1;
-        let cost = if graph { card.dependency } else { card.launch };
+        let cost = match (self.behind_barrier, graph) {
+            (true, _) => card.barrier,
+            (false, true) => card.dependency,
+            (false, false) => card.launch,
+        };
         Prediction { roofline, expected: work + alone + cost }
     }
 }
@@ -155,10 +161,15 @@ pub fn forward(plan: &Plan, program: &Program, element: Element) -> Vec<CommandC
     for index in 0..plan.steps.len() {
         let group = Group::of(plan, program, index);
         let commands = program.step(index).iter();
-        all.extend(commands.map(|command| match command {
-            Command::Gemm(gemm) => of_gemm(gemm),
-            Command::Launch(launch) => of_launch(&group, launch, element),
-        }));
+        for command in commands {
+            match command {
+                Command::Gemm(gemm) => all.push(of_gemm(gemm)),
+                Command::Launch(launch) => match &launch::stage_parts(launch)[..] {
+                    [] => all.push(of_launch(&group, launch, element)),
+                    parts => all.extend(of_parts(&group, launch, parts, element)),
+                },
+            }
+        }
     }
     all.extend(program.labels.iter().map(|command| labels(plan, command, element)));
     all
@@ -168,6 +179,8 @@ pub fn forward(plan: &Plan, program: &Program, element: Element) -> Vec<CommandC
 /// command of their own because its launch does them as well.
 struct Group<'a> {
     plan: &'a Plan,
+    /// The first of them in the plan.
+    index: usize,
     steps: &'a [Step],
     /// All steps behind the group.
     rest: &'a [Step],
@@ -180,7 +193,7 @@ impl<'a> Group<'a> {
             program.step(index).is_empty() && !matches!(plan.steps[index].op, Op::Concat)
         };
         let end = first + 1 + (first + 1..plan.steps.len()).take_while(taken).count();
-        Group { plan, steps: &plan.steps[first..end], rest: &plan.steps[end..] }
+        Group { plan, index: first, steps: &plan.steps[first..end], rest: &plan.steps[end..] }
     }
 
     fn first(&self) -> &Step {
@@ -219,6 +232,11 @@ impl<'a> Group<'a> {
         };
         self.steps.iter().map(macs).sum()
     }
+}
+
+/// Launches among commands whose parts are listed one by one.
+pub fn launches(costs: &[CommandCost]) -> usize {
+    costs.iter().filter(|cost| !cost.behind_barrier).count()
 }
 
 /// Seconds of all commands on a card.
@@ -260,6 +278,7 @@ fn of_gemm(gemm: &Gemm) -> CommandCost {
         blocks: m.div_ceil(GEMM_TILE.0) * n.div_ceil(GEMM_TILE.1) * batch,
         threads: 256,
         shared_bytes: 0,
+        behind_barrier: false,
     }
 }
 
@@ -355,7 +374,32 @@ fn of(launch: &Launch, bytes: u64, flops: u64) -> CommandCost {
         blocks: launch.grid.iter().map(|&n| n as usize).product(),
         threads: launch.block.iter().map(|&n| n as usize).product(),
         shared_bytes: launch.shared_bytes as usize,
+        behind_barrier: false,
     }
+}
+
+/// The parts of one launch, each as if it were by itself, with a barrier between them: a cascade does
+/// one step, a pair two, or one where nothing is expanded. Their steps follow each other from that with
+/// the launch on; a concat between them costs nothing.
+fn of_parts<'a>(
+    group: &Group<'a>,
+    launch: &Launch,
+    parts: &[Launch],
+    element: Element,
+) -> Vec<CommandCost> {
+    let (plan, mut all) = (group.plan, &group.plan.steps[group.index..]);
+    let mut costs = Vec::with_capacity(parts.len());
+    for part in parts {
+        let concats = all.iter().take_while(|step| matches!(step.op, Op::Concat)).count();
+        let expands = StagePart::of(part) == Some(StagePart::Pair)
+            && part.args.get(5).is_some_and(|weights| *weights != Arg::Null);
+        let (steps, rest) = all[concats..].split_at(1 + usize::from(expands));
+        all = rest;
+        let own = Group { plan, index: group.index, steps, rest };
+        let (kernel, behind_barrier) = (launch.kernel, !costs.is_empty());
+        costs.push(CommandCost { kernel, behind_barrier, ..of_launch(&own, part, element) });
+    }
+    costs
 }
 
 /// Bytes, bytes read again and FLOPs of a launch of the collapsed decoder, by its arguments (the

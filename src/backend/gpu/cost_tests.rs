@@ -96,6 +96,32 @@ fn a_cascade_that_takes_whole_planes_loads_each_element_once_and_tiles_load_more
     assert!(tiled.shared_bytes <= 32 << 10);
 }
 
+/// What a persistent stage computes and moves is what its launches would; barriers take the place of
+/// their dependencies.
+#[test]
+fn a_persistent_stage_is_its_launches_with_barriers_between_them() {
+    let card = &CARDS[3];
+    for element in [Element::F32, Element::F16] {
+        let separate = work(element, card.shared_per_block, Variants::default());
+        let persistent = choice::changed(Variants::default(), "stage3", "persistent").unwrap();
+        let persistent = work(element, card.shared_per_block, persistent);
+        assert_eq!(persistent.len(), separate.len());
+        let parts = persistent.iter().filter(|cost| cost.class() == "stage_blocks").count();
+        let fewer = launches(&separate) - launches(&persistent);
+        assert_eq!((fewer, launches(&separate)), (parts - 1, separate.len()));
+        for (one, other) in persistent.iter().zip(&separate) {
+            // The last projection is another kernel's, which counts its weights otherwise.
+            let same = other.class() == "conv1x1" || other.class() == "conv1x1_tile";
+            assert_eq!(one.flops, other.flops, "{one:?} {other:?}");
+            assert!(same || one.bytes == other.bytes, "{one:?} {other:?}");
+        }
+        let barrier = *persistent.iter().find(|cost| cost.behind_barrier).unwrap();
+        let launch = CommandCost { behind_barrier: false, ..barrier };
+        let saved = launch.predict(card, true).expected - barrier.predict(card, true).expected;
+        assert!((saved - (card.dependency - card.barrier)).abs() < 1e-12, "{saved}");
+    }
+}
+
 /// KERNELS.md section 1 has the same bound from the same data; the structure of the network's kernels
 /// differs, so only the order of magnitude is held here.
 #[test]
@@ -122,6 +148,7 @@ fn a_prediction_is_bounded_by_bandwidth_or_by_arithmetic() {
         blocks: 1 << 16,
         threads: 256,
         shared_bytes: 0,
+        behind_barrier: false,
     };
     // 1 GiB, 50 MiB of it from L2.
     let l2 = card.l2_bytes / card.l2;

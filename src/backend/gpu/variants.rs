@@ -86,6 +86,17 @@ pub enum Strided {
     Paired,
 }
 
+/// How the stride-1 blocks of stage 3 run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage3 {
+    /// Two launches per block, or as [`Variants::pairs`] and [`Variants::cascade`] say.
+    Separate,
+    /// In one cooperative launch (kernels/stage_blocks.cu), where pairs are fused and cascades have
+    /// planes as stored.
+    Persistent,
+}
+
 /// The choices for one plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
@@ -114,6 +125,8 @@ pub struct Variants {
     pub stem: Stem,
     /// Strided blocks.
     pub strided: Strided,
+    /// The other blocks of stage 3.
+    pub stage3: Stage3,
     /// Whether a kernel may start before the one before it ends (programmatic dependent launch), on
     /// GPUs and drivers that have it: Hopper, CUDA 12.3.
     pub dependent_launch: bool,
@@ -133,6 +146,7 @@ impl Default for Variants {
             decoder: Decoder::Fused,
             stem: Stem::Fused,
             strided: Strided::Paired,
+            stage3: Stage3::Separate,
             dependent_launch: true,
         }
     }
@@ -152,6 +166,7 @@ impl Variants {
         decoder: Decoder::Separate,
         stem: Stem::Separate,
         strided: Strided::Separate,
+        stage3: Stage3::Separate,
         dependent_launch: false,
     };
 
@@ -227,6 +242,10 @@ impl Variants {
                 ];
                 self.strided = one_of(value, &names, "separate, fused or paired")?;
             }
+            "stage3" => {
+                let names = [("separate", Stage3::Separate), ("persistent", Stage3::Persistent)];
+                self.stage3 = one_of(value, &names, "separate or persistent")?;
+            }
             "dependent_launch" => {
                 self.dependent_launch = one_of(value, &SWITCH, "on or off")?;
             }
@@ -237,7 +256,7 @@ impl Variants {
 }
 
 const KEYS: &str = "one of products, pairs, pair_pixels, stage_weights, cascade, cascade_kb, expanded, rewrites, \
-                    decoder, stem, strided, dependent_launch";
+                    decoder, stem, strided, stage3, dependent_launch";
 /// `on` and `off`.
 const SWITCH: [(&str, bool); 2] = [("on", true), ("off", false)];
 
@@ -274,12 +293,16 @@ impl std::fmt::Display for Variants {
             Strided::Fused => "fused",
             Strided::Paired => "paired",
         };
+        let stage3 = match self.stage3 {
+            Stage3::Separate => "separate",
+            Stage3::Persistent => "persistent",
+        };
         let switch = |on: bool| if on { "on" } else { "off" };
         write!(
             f,
             "products={products},pairs={pairs},pair_pixels={},stage_weights={},cascade={cascade},\
              cascade_kb={},expanded={expanded},rewrites={},decoder={decoder},stem={stem},strided={strided},\
-             dependent_launch={}",
+             stage3={stage3},dependent_launch={}",
             self.pair_pixels,
             switch(self.stage_weights),
             self.cascade_kb,

@@ -4,11 +4,12 @@
 mod args;
 mod blocks;
 mod decoder;
+mod stage;
 
-pub use args::Arg;
-pub(super) use args::{Cells, kinds};
+pub use args::{Arg, Cells, kinds};
 pub use blocks::*;
 pub use decoder::*;
+pub use stage::*;
 
 use super::device::{Element, Place};
 use crate::graph::Shape;

@@ -6,6 +6,7 @@ mod decoder;
 mod forward;
 mod products;
 mod scores;
+mod stage;
 mod stem;
 mod strided;
 
@@ -150,6 +151,7 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         program.step_ends.push(lowering.commands.len());
     }
     program.forward = std::mem::take(&mut lowering.commands);
+    stage::merge(&mut lowering, &mut program);
     if let Some(rgb) = memory.rgb
         && over_rgb(&mut lowering, &program, rgb)
     {
@@ -206,7 +208,10 @@ fn several(low: &mut Lowering, steps: &[Step]) -> usize {
         done
     } else if products::pair(low, steps) || products::subsampled(low, steps) {
         2
-    } else if bytes::project(low, &steps[0]) {
+    } else if steps
+        .first()
+        .is_some_and(|step| bytes::project(low, step) || stage::last_projection(low, step))
+    {
         1
     } else {
         0

@@ -180,6 +180,43 @@ pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
     true
 }
 
+/// A projection by the kernel that would make the next expansion as well; false for shapes that it does
+/// not have.
+pub(super) fn projection(low: &mut Lowering, op: &Conv1x1, step: &Step) -> bool {
+    let (x, residual, y) = (&step.inputs[0], step.inputs.get(1), &step.output);
+    let (pixels, stage) = (low.variants.pair_pixels, low.variants.stage_weights);
+    let tiling = launch::pair_tiling(low.element, op.out_channels, pixels, stage, low.shared_limit);
+    let Some(tiling) = tiling.filter(|_| op.in_channels == 4 * op.out_channels) else {
+        return false;
+    };
+    let mut args = args![
+        low.at(x),
+        low.param_stored(op.weight),
+        op.bias.map(|b| low.param(b)),
+        residual.map(|r| low.at(r)),
+        low.at(y),
+        Arg::Null,
+        Arg::Null,
+        Arg::Null,
+        act_code(op.act),
+        act_code(Act::None),
+        y.shape.plane(),
+        x.batch_stride,
+        x.plane_stride,
+        residual.map_or(0, |r| r.batch_stride),
+        residual.map_or(0, |r| r.plane_stride),
+        y.batch_stride,
+        y.plane_stride,
+        0,
+        0,
+    ];
+    if low.element == Element::F16 {
+        args.push(Arg::from(tiling.staged));
+    }
+    low.launch(launch::pair(tiling, y.shape, args));
+    true
+}
+
 /// Y = W X image by image, then bias, residual and non-linearity. A half-precision product that
 /// something follows goes to f32 scratch first: rounding the sum once keeps the error down.
 fn by_blas(low: &mut Lowering, op: &Conv1x1, x: &Tensor, residual: Option<&Tensor>, y: &Tensor) {
