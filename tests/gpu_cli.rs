@@ -6,7 +6,13 @@ const FOLDER: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sigmoid_attention_one_branch");
 
 fn fpenet(args: &[&str]) -> (i32, String, String) {
-    let output = Command::cargo_bin("fpenet").unwrap().args(args).output().unwrap();
+    fpenet_with("", args)
+}
+
+/// With these kernels in `FPENET_VARIANTS`.
+fn fpenet_with(variants: &str, args: &[&str]) -> (i32, String, String) {
+    let mut command = Command::cargo_bin("fpenet").unwrap();
+    let output = command.env("FPENET_VARIANTS", variants).args(args).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
@@ -42,19 +48,25 @@ fn the_self_test_is_for_gpus() {
     assert!(stderr.contains("expected cuda or emulated"), "{stderr}");
 }
 
-fn passes_the_self_test(precision: &str) {
+fn passes_the_self_test(precision: &str, variants: &str) {
     let args = ["selftest", "--device", "emulated", "--seed", "1", "--precision", precision];
-    let (code, stdout, stderr) = fpenet(&args);
+    let (code, stdout, stderr) = fpenet_with(variants, &args);
     assert_eq!(code, 0, "{stdout}{stderr}");
     assert!(stdout.contains("PASS: "), "{stdout}");
 }
 
 #[test]
 fn the_emulated_device_passes_the_self_test_in_f32() {
-    passes_the_self_test("f32");
+    passes_the_self_test("f32", "");
 }
 
 #[test]
 fn the_emulated_device_passes_the_self_test_in_f16() {
-    passes_the_self_test("f16");
+    passes_the_self_test("f16", "");
+}
+
+/// Launches that do more than one step are compared where they leave something.
+#[test]
+fn the_emulated_device_passes_the_self_test_with_a_persistent_stage() {
+    passes_the_self_test("f16", "stage3=persistent");
 }
