@@ -20,7 +20,7 @@ constexpr float SMALLEST_SCALE = 1.0f, LARGEST_SCALE = 16777216.0f;
 
 }  // namespace
 
-extern "C" __global__ void unscale_f32(float* __restrict__ grads, Control* control, int len) {
+extern "C" __global__ void unscale_f32(float* RESTRICT grads, Control* control, int len) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= len) return;
     const float g = grads[i] / control->loss_scale;
@@ -52,10 +52,10 @@ extern "C" __global__ void adam_prepare(Control* control, int scaled) {
 }
 
 // `rounded` is null where no product reads half precision.
-extern "C" __global__ void adam_f32(float* __restrict__ weights, __half* __restrict__ rounded,
-                                    const float* __restrict__ grads, float* __restrict__ moment1,
-                                    float* __restrict__ moment2,
-                                    const Control* __restrict__ control, int len) {
+extern "C" __global__ void adam_f32(float* RESTRICT weights, __half* RESTRICT rounded,
+                                    const float* RESTRICT grads, float* RESTRICT moment1,
+                                    float* RESTRICT moment2,
+                                    const Control* RESTRICT control, int len) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= len || control->skip) return;
     const float w = weights[i], g = grads[i] + control->weight_decay * w;

@@ -32,7 +32,7 @@ __device__ __forceinline__ float gated(const T* dy, const T* dy2, const T* y, in
 // partial is C x (N * pieces) x 2: mean and squares around it of each piece.
 template <typename T>
 __device__ __forceinline__ void batch_norm_statistics(
-    const T* __restrict__ x, float* __restrict__ partial, int pixels, int x_batch, int x_plane) {
+    const T* RESTRICT x, float* RESTRICT partial, int pixels, int x_batch, int x_plane) {
     __shared__ float shared[32];
     x += plane_at(blockIdx.z, x_batch, blockIdx.y, x_plane);
     const int first = blockIdx.x * REDUCTION_PIXELS + threadIdx.x;
@@ -63,9 +63,9 @@ __device__ __forceinline__ void batch_norm_statistics(
 
 template <typename T>
 __device__ __forceinline__ void batch_norm_apply(
-    const T* x, const T* residual, T* y, const float* __restrict__ weight,
-    const float* __restrict__ bias, const float* __restrict__ mean,
-    const float* __restrict__ invstd, int act, int pixels, int x_batch, int x_plane, int r_batch,
+    const T* x, const T* residual, T* y, const float* RESTRICT weight,
+    const float* RESTRICT bias, const float* RESTRICT mean,
+    const float* RESTRICT invstd, int act, int pixels, int x_batch, int x_plane, int r_batch,
     int r_plane, int y_batch, int y_plane) {
     const int c = blockIdx.y;
     const float scale = weight[c] * invstd[c], shift = bias[c] - mean[c] * scale;
@@ -82,8 +82,8 @@ __device__ __forceinline__ void batch_norm_apply(
 // partial is C x (N * pieces) x 2: sum of g, sum of g (x - mean). y is null without a ReLU.
 template <typename T>
 __device__ __forceinline__ void batch_norm_backward_sums(
-    const T* __restrict__ x, const T* __restrict__ y, const T* __restrict__ dy,
-    const T* __restrict__ dy2, const float* __restrict__ mean, float* __restrict__ partial,
+    const T* RESTRICT x, const T* RESTRICT y, const T* RESTRICT dy,
+    const T* RESTRICT dy2, const float* RESTRICT mean, float* RESTRICT partial,
     int pixels, int x_batch, int x_plane, int y_batch, int y_plane, int dy_batch, int dy_plane,
     int dy2_batch, int dy2_plane) {
     __shared__ float shared[2 * 32];
@@ -117,9 +117,9 @@ __device__ __forceinline__ void batch_norm_backward_sums(
 // dx, and the residual's gradient where there is one; both may be accumulated.
 template <typename T>
 __device__ __forceinline__ void batch_norm_backward_apply(
-    const T* x, const T* y, const T* dy, const T* dy2, const float* __restrict__ weight,
-    const float* __restrict__ mean, const float* __restrict__ invstd,
-    const float* __restrict__ coefficients, T* dx, T* dresidual, int accumulate,
+    const T* x, const T* y, const T* dy, const T* dy2, const float* RESTRICT weight,
+    const float* RESTRICT mean, const float* RESTRICT invstd,
+    const float* RESTRICT coefficients, T* dx, T* dresidual, int accumulate,
     int accumulate_residual, int pixels, int x_batch, int x_plane, int y_batch, int y_plane,
     int dy_batch, int dy_plane, int dy2_batch, int dy2_plane, int dx_batch, int dx_plane,
     int dr_batch, int dr_plane) {
@@ -213,9 +213,9 @@ extern "C" __global__ void batch_norm_backward_apply_f16(
 }
 // Mean and 1 / sqrt(var + eps) of each channel; updates the running statistics (the variance
 // unbiased, as PyTorch keeps it). One warp per channel.
-extern "C" __global__ void batch_norm_finalize_f32(const float* __restrict__ partial,
-                                                   float* __restrict__ mean,
-                                                   float* __restrict__ invstd, float* running_mean,
+extern "C" __global__ void batch_norm_finalize_f32(const float* RESTRICT partial,
+                                                   float* RESTRICT mean,
+                                                   float* RESTRICT invstd, float* running_mean,
                                                    float* running_var, int batch, int pieces,
                                                    int pixels, float eps, float momentum) {
     const int c = blockIdx.x, parts = batch * pieces;
@@ -244,8 +244,8 @@ extern "C" __global__ void batch_norm_finalize_f32(const float* __restrict__ par
 // dweight, dbias, and per channel the two coefficients of apply: mean of g, and what (x - mean) is
 // multiplied by. One warp per channel.
 extern "C" __global__ void batch_norm_backward_finalize_f32(
-    const float* __restrict__ partial, const float* __restrict__ invstd,
-    float* __restrict__ dweight, float* __restrict__ dbias, float* __restrict__ coefficients,
+    const float* RESTRICT partial, const float* RESTRICT invstd,
+    float* RESTRICT dweight, float* RESTRICT dbias, float* RESTRICT coefficients,
     int batch, int pieces, int pixels) {
     const int c = blockIdx.x, parts = batch * pieces;
     partial += 2 * static_cast<size_t>(c) * parts;

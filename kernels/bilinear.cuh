@@ -57,8 +57,8 @@ __device__ __forceinline__ float sample(const T* plane, int in_w, Tap row, Tap c
 // dx[q] = sum over outputs of weight * dy (* gate): the transpose of the interpolation, gathered,
 // so that no two threads write one element.
 template <typename T>
-__device__ __forceinline__ float sample_transposed(const T* __restrict__ dy,
-                                                   const T* __restrict__ gate, int qy, int qx,
+__device__ __forceinline__ float sample_transposed(const T* RESTRICT dy,
+                                                   const T* RESTRICT gate, int qy, int qx,
                                                    int in_h, int in_w, int out_h, int out_w) {
     int y0, y1, x0, x1;
     readers(qy, in_h, out_h, &y0, &y1);

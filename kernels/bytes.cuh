@@ -72,7 +72,7 @@ __device__ __forceinline__ __half widen(Byte byte, float scale) {
 // Pixels `first` to `first + P` of `rows` planes into shared memory, zeros behind the last of
 // `pixels`. `all`: memory has all P pixels, and every sixteen of them can be moved at once.
 template <int P, int PITCH, int UNROLL, int THREADS = TILE_THREADS>
-__device__ __forceinline__ void stage_bytes(const Byte* from, const float* __restrict__ scales,
+__device__ __forceinline__ void stage_bytes(const Byte* from, const float* RESTRICT scales,
                                             int plane_stride, int rows, int first, int pixels,
                                             bool all, __half* to) {
     if (all) {

@@ -20,7 +20,7 @@
 namespace {
 
 template <typename T>
-__device__ __forceinline__ void cascade_forward(const T* x, T* y, const float* __restrict__ params,
+__device__ __forceinline__ void cascade_forward(const T* x, T* y, const float* RESTRICT params,
                                                 int branches, int addition, int stride,
                                                 Four dilations, Four weights, Four biases,
                                                 int region, int tile_h, int tile_w, int in_h,
@@ -99,11 +99,11 @@ __device__ __forceinline__ void cascade_forward(const T* x, T* y, const float* _
 
 // u = D(x + before), with bias and ReLU where asked for; `before` and `bias` may be null.
 template <typename T>
-__device__ __forceinline__ void depthwise_forward(const T* __restrict__ x,
-                                                  const T* __restrict__ before,
-                                                  const float* __restrict__ weights,
-                                                  const float* __restrict__ bias,
-                                                  T* __restrict__ u, int rectify, int dilation,
+__device__ __forceinline__ void depthwise_forward(const T* RESTRICT x,
+                                                  const T* RESTRICT before,
+                                                  const float* RESTRICT weights,
+                                                  const float* RESTRICT bias,
+                                                  T* RESTRICT u, int rectify, int dilation,
                                                   int stride, int in_h, int in_w, int out_h,
                                                   int out_w, int x_batch, int x_plane, int b_batch,
                                                   int b_plane, int u_batch, int u_plane) {
@@ -130,9 +130,9 @@ __device__ __forceinline__ void depthwise_forward(const T* __restrict__ x,
 
 // ds = D^T du over the input's pixels.
 template <typename T>
-__device__ __forceinline__ void depthwise_backward_data(const T* __restrict__ du,
-                                                        const float* __restrict__ weights,
-                                                        T* __restrict__ ds, int dilation,
+__device__ __forceinline__ void depthwise_backward_data(const T* RESTRICT du,
+                                                        const float* RESTRICT weights,
+                                                        T* RESTRICT ds, int dilation,
                                                         int stride, int in_h, int in_w, int out_h,
                                                         int out_w, int du_batch, int du_plane,
                                                         int ds_batch, int ds_plane) {
@@ -159,8 +159,8 @@ __device__ __forceinline__ void depthwise_backward_data(const T* __restrict__ du
 // output pixels, s = x + before.
 template <typename T>
 __device__ __forceinline__ void depthwise_backward_weight(
-    const T* __restrict__ x, const T* __restrict__ before, const T* __restrict__ du,
-    float* __restrict__ partial, int dilation, int stride, int in_h, int in_w, int out_h, int out_w,
+    const T* RESTRICT x, const T* RESTRICT before, const T* RESTRICT du,
+    float* RESTRICT partial, int dilation, int stride, int in_h, int in_w, int out_h, int out_w,
     int x_batch, int x_plane, int b_batch, int b_plane, int du_batch, int du_plane) {
     __shared__ float shared[9 * 32];
     const int chain = blockIdx.y;

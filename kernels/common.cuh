@@ -15,6 +15,15 @@
     type* name = reinterpret_cast<type*>(dynamic_shared_memory)
 #endif
 
+// No other pointer of the kernel reaches the same memory. Not on Hopper: there a kernel may start while
+// the one before it still writes (wait_for_previous), and what is read only and restricted is loaded
+// around the coherent caches (ld.global.nc), which is for memory that nobody writes meanwhile.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define RESTRICT
+#else
+#define RESTRICT __restrict__
+#endif
+
 namespace {
 
 // Non-linearities, numbered as in src/backend/gpu/lower/mod.rs.

@@ -36,9 +36,9 @@ struct Conv {
 };
 
 template <int R, int P>
-__device__ __forceinline__ void conv1x1_f16(const __half* __restrict__ x,
-                                            const __half* __restrict__ w,
-                                            const float* __restrict__ bias,
+__device__ __forceinline__ void conv1x1_f16(const __half* RESTRICT x,
+                                            const __half* RESTRICT w,
+                                            const float* RESTRICT bias,
                                             const __half* residual, __half* y, int act, Conv op) {
     constexpr int DEPTH_F16 = 64, PITCH = P + HALF_PAD, W_PITCH = DEPTH_F16 + HALF_PAD;
     constexpr int SUM_PITCH = P + FLOAT_PAD;
@@ -122,9 +122,9 @@ __device__ __forceinline__ void conv1x1_f16(const __half* __restrict__ x,
     }
 }
 
-__device__ __forceinline__ void conv1x1_f32(const float* __restrict__ x,
-                                            const float* __restrict__ w,
-                                            const float* __restrict__ bias, const float* residual,
+__device__ __forceinline__ void conv1x1_f32(const float* RESTRICT x,
+                                            const float* RESTRICT w,
+                                            const float* RESTRICT bias, const float* residual,
                                             float* y, int act, Conv op) {
     DYNAMIC_SHARED(float, xs);
     float* ws = xs + DEPTH * PITCH_F32;
@@ -172,8 +172,8 @@ __device__ __forceinline__ void conv1x1_f32(const float* __restrict__ x,
 
 // A thread makes one pixel of one output channel; blockIdx.y is the channel.
 template <typename T>
-__device__ __forceinline__ void conv1x1_thin(const T* __restrict__ x, const float* __restrict__ w,
-                                             const float* __restrict__ bias, const T* residual,
+__device__ __forceinline__ void conv1x1_thin(const T* RESTRICT x, const float* RESTRICT w,
+                                             const float* RESTRICT bias, const T* residual,
                                              T* y, int act, Conv op) {
     start_next();
     wait_for_previous();
@@ -190,9 +190,9 @@ __device__ __forceinline__ void conv1x1_thin(const T* __restrict__ x, const floa
 
 // A warp makes one output channel of an image of one pixel; grid (ceil(out / 8), 1, N).
 template <typename T>
-__device__ __forceinline__ void conv1x1_vector(const T* __restrict__ x,
-                                               const float* __restrict__ w,
-                                               const float* __restrict__ bias, const T* residual,
+__device__ __forceinline__ void conv1x1_vector(const T* RESTRICT x,
+                                               const float* RESTRICT w,
+                                               const float* RESTRICT bias, const T* residual,
                                                T* y, int act, Conv op) {
     start_next();
     wait_for_previous();
@@ -211,8 +211,8 @@ __device__ __forceinline__ void conv1x1_vector(const T* __restrict__ x,
 
 template <typename T>
 __device__ __forceinline__ void conv1x1_epilogue(const float* x, T* y,
-                                                 const float* __restrict__ bias,
-                                                 const T* __restrict__ residual, int act,
+                                                 const float* RESTRICT bias,
+                                                 const T* RESTRICT residual, int act,
                                                  int pixels, int x_batch, int x_plane, int y_batch,
                                                  int y_plane, int r_batch, int r_plane) {
     const float shift = bias != nullptr ? bias[blockIdx.y] : 0.0f;

@@ -17,8 +17,8 @@ namespace {
 constexpr int TILE_W = 32, TILE_H = 8, GROUP = 16;
 
 template <typename Source, typename T>
-__device__ __forceinline__ void conv3x3_forward(Source source, const float* __restrict__ weights,
-                                                const float* __restrict__ bias, T* __restrict__ y,
+__device__ __forceinline__ void conv3x3_forward(Source source, const float* RESTRICT weights,
+                                                const float* RESTRICT bias, T* RESTRICT y,
                                                 int in_c, int out_c, int in_h, int in_w, int out_h,
                                                 int out_w, int stride, int rectify, int y_batch,
                                                 int y_plane) {
@@ -72,9 +72,9 @@ __device__ __forceinline__ void conv3x3_forward(Source source, const float* __re
 
 // partial is (N * pieces) x out x in x 9; grid (pieces, out * in, N).
 template <typename T>
-__device__ __forceinline__ void conv3x3_backward_weight(const T* __restrict__ x,
-                                                        const T* __restrict__ dy,
-                                                        float* __restrict__ partial, int in_c,
+__device__ __forceinline__ void conv3x3_backward_weight(const T* RESTRICT x,
+                                                        const T* RESTRICT dy,
+                                                        float* RESTRICT partial, int in_c,
                                                         int in_h, int in_w, int out_h, int out_w,
                                                         int stride, int x_batch, int x_plane,
                                                         int dy_batch, int dy_plane) {

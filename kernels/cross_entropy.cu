@@ -11,9 +11,9 @@
 namespace {
 
 template <typename T>
-__device__ __forceinline__ void cross_entropy(const T* __restrict__ logits,
-                                              const unsigned char* __restrict__ labels,
-                                              T* __restrict__ dlogits, float* __restrict__ partial,
+__device__ __forceinline__ void cross_entropy(const T* RESTRICT logits,
+                                              const unsigned char* RESTRICT labels,
+                                              T* RESTRICT dlogits, float* RESTRICT partial,
                                               float gradient_scale, int classes, int pixels,
                                               int z_batch, int z_plane, int dz_batch,
                                               int dz_plane) {
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // loss = sum of the partial losses / M, added to the sum over steps; one warp.
-extern "C" __global__ void cross_entropy_finish_f32(const float* __restrict__ partial,
+extern "C" __global__ void cross_entropy_finish_f32(const float* RESTRICT partial,
                                                     Control* control, int parts) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < parts; i += 32) sum += partial[i];

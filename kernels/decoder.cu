@@ -16,12 +16,12 @@
 namespace {
 
 template <typename T>
-__device__ __forceinline__ void decoder_spatial(const T* __restrict__ x1, const T* __restrict__ x2,
-                                                const float* __restrict__ w1,
-                                                const float* __restrict__ b1,
-                                                const float* __restrict__ w2,
-                                                const float* __restrict__ b2, T* __restrict__ y1,
-                                                T* __restrict__ y2, int act1, int act2, int c1,
+__device__ __forceinline__ void decoder_spatial(const T* RESTRICT x1, const T* RESTRICT x2,
+                                                const float* RESTRICT w1,
+                                                const float* RESTRICT b1,
+                                                const float* RESTRICT w2,
+                                                const float* RESTRICT b2, T* RESTRICT y1,
+                                                T* RESTRICT y2, int act1, int act2, int c1,
                                                 int c2, int pixels1, int pixels2, int x1_batch,
                                                 int x1_plane, int x2_batch, int x2_plane,
                                                 int y1_batch, int y2_batch) {
@@ -45,10 +45,10 @@ __device__ __forceinline__ void decoder_spatial(const T* __restrict__ x1, const 
 // means: c3 of s3, c2 of x2, c3 of s3 under the weights, 1 of the weights. low, high: pixels of s3,
 // and of x2 and the weights.
 template <typename T>
-__device__ __forceinline__ void decoder_means(const T* __restrict__ s3, const T* __restrict__ x2,
-                                              const T* __restrict__ weights,
-                                              const float* __restrict__ gathered,
-                                              float* __restrict__ means, int c3, int c2, int low,
+__device__ __forceinline__ void decoder_means(const T* RESTRICT s3, const T* RESTRICT x2,
+                                              const T* RESTRICT weights,
+                                              const float* RESTRICT gathered,
+                                              float* RESTRICT means, int c3, int c2, int low,
                                               int high, int s_batch, int s_plane, int x_batch,
                                               int x_plane, int w_batch) {
     __shared__ float shared[2 * 32];
@@ -81,11 +81,11 @@ __device__ __forceinline__ void decoder_means(const T* __restrict__ s3, const T*
 }
 
 // Element i of A diag(ca) [Wl bl] + [0 b], transposed: [in + 1][classes].
-__device__ __forceinline__ void compose(const float* __restrict__ mix,
-                                        const float* __restrict__ low,
-                                        const float* __restrict__ low_bias,
-                                        const float* __restrict__ bias, const float* ca,
-                                        float* __restrict__ composed, int i, int classes, int width,
+__device__ __forceinline__ void compose(const float* RESTRICT mix,
+                                        const float* RESTRICT low,
+                                        const float* RESTRICT low_bias,
+                                        const float* RESTRICT bias, const float* ca,
+                                        float* RESTRICT composed, int i, int classes, int width,
                                         int in) {
     const int c = i / (in + 1), k = i % (in + 1);
     float sum = k == in ? bias[c] : 0.0f;
@@ -133,16 +133,16 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // x2 has c2 channels, x1 has in1.
 extern "C" __global__ void __launch_bounds__(256)
-    decoder_gates_f32(const float* __restrict__ means, const float* __restrict__ ca2_w,
-                      const float* __restrict__ ca2_b, const float* __restrict__ low_w,
-                      const float* __restrict__ low_b, const float* __restrict__ high_w,
-                      const float* __restrict__ high_b, const float* __restrict__ ca1_w,
-                      const float* __restrict__ ca1_b, const float* __restrict__ mix2,
-                      const float* __restrict__ wl2, const float* __restrict__ bl2,
-                      const float* __restrict__ bias2, const float* __restrict__ mix1,
-                      const float* __restrict__ wl1, const float* __restrict__ bl1,
-                      const float* __restrict__ bias1, float* __restrict__ composed2,
-                      float* __restrict__ composed1, int act2, int act1, int c3, int c2, int width2,
+    decoder_gates_f32(const float* RESTRICT means, const float* RESTRICT ca2_w,
+                      const float* RESTRICT ca2_b, const float* RESTRICT low_w,
+                      const float* RESTRICT low_b, const float* RESTRICT high_w,
+                      const float* RESTRICT high_b, const float* RESTRICT ca1_w,
+                      const float* RESTRICT ca1_b, const float* RESTRICT mix2,
+                      const float* RESTRICT wl2, const float* RESTRICT bl2,
+                      const float* RESTRICT bias2, const float* RESTRICT mix1,
+                      const float* RESTRICT wl1, const float* RESTRICT bl1,
+                      const float* RESTRICT bias1, float* RESTRICT composed2,
+                      float* RESTRICT composed1, int act2, int act1, int c3, int c2, int width2,
                       int width1, int in1, int classes) {
     DYNAMIC_SHARED(float, pooled);
     start_next();

@@ -6,7 +6,7 @@
 namespace {
 
 // y = act(W x + b), all in shared memory but W and b; a warp per row.
-__device__ __forceinline__ void rows(const float* __restrict__ w, const float* __restrict__ b,
+__device__ __forceinline__ void rows(const float* RESTRICT w, const float* RESTRICT b,
                                      const float* x, float* y, int out, int in, int act) {
     const int lane = threadIdx.x % 32;
     for (int r = threadIdx.x / 32; r < out; r += blockDim.x / 32) {

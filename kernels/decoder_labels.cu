@@ -86,9 +86,9 @@ __device__ __forceinline__ void module(const T* map, int channels, int classes, 
 
 // `pitch`, `z_pitch`: room for the pixels of a tile's scores and of its z, per class.
 template <typename T>
-__device__ __forceinline__ void decoder_labels(const T* __restrict__ t, const T* __restrict__ x2,
-                                               const T* __restrict__ x1, const T* map2,
-                                               const T* map1, unsigned char* __restrict__ labels,
+__device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RESTRICT x2,
+                                               const T* RESTRICT x1, const T* map2,
+                                               const T* map1, unsigned char* RESTRICT labels,
                                                int act2, int act1, int classes, int c2, int c1,
                                                int low_h, int low_w, int h2, int w2, int h1, int w1,
                                                int out_h, int out_w, int pitch, int z_pitch,

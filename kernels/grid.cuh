@@ -15,7 +15,7 @@ __device__ __forceinline__ void wait_for_others() {
 
 // Waits until every block of the grid (one-dimensional) is here; what they wrote before, all see
 // afterwards, in loads that do not take the read-only path (ld.global.nc): pointers to what is
-// written in the same launch must not be const __restrict__.
+// written in the same launch must not be const RESTRICT.
 //
 // `state` belongs to this launch, and starts at zero. Each barrier adds 2^31 to it in all: the first
 // block adds that less the others, who add one each, so that the highest bit turns when the last one

@@ -15,9 +15,9 @@ namespace {
 constexpr int MEU_CHANNELS = 8;
 
 template <typename T>
-__device__ __forceinline__ void meu_fuse_forward(const T* __restrict__ h, const T* __restrict__ l,
-                                                 const T* __restrict__ ca,
-                                                 const T* __restrict__ sa, T* __restrict__ y,
+__device__ __forceinline__ void meu_fuse_forward(const T* RESTRICT h, const T* RESTRICT l,
+                                                 const T* RESTRICT ca,
+                                                 const T* RESTRICT sa, T* RESTRICT y,
                                                  int channels, int in_h, int in_w, int out_h,
                                                  int out_w, int h_batch, int h_plane, int l_batch,
                                                  int l_plane, int ca_batch, int ca_plane,
@@ -39,9 +39,9 @@ __device__ __forceinline__ void meu_fuse_forward(const T* __restrict__ h, const 
 }
 
 template <typename T>
-__device__ __forceinline__ void meu_fuse_backward_low(const T* __restrict__ dy,
-                                                      const T* __restrict__ l,
-                                                      const T* __restrict__ ca, T* dl, T* dca,
+__device__ __forceinline__ void meu_fuse_backward_low(const T* RESTRICT dy,
+                                                      const T* RESTRICT l,
+                                                      const T* RESTRICT ca, T* dl, T* dca,
                                                       int accumulate_l, int accumulate_ca,
                                                       int pixels, int dy_batch, int dy_plane,
                                                       int l_batch, int l_plane, int ca_batch,
@@ -66,8 +66,8 @@ __device__ __forceinline__ void meu_fuse_backward_low(const T* __restrict__ dy,
 }
 
 template <typename T>
-__device__ __forceinline__ void meu_fuse_backward_spatial(const T* __restrict__ dy,
-                                                          const T* __restrict__ h, T* dsa,
+__device__ __forceinline__ void meu_fuse_backward_spatial(const T* RESTRICT dy,
+                                                          const T* RESTRICT h, T* dsa,
                                                           int accumulate, int channels, int in_h,
                                                           int in_w, int out_h, int out_w,
                                                           int dy_batch, int dy_plane, int h_batch,
@@ -88,8 +88,8 @@ __device__ __forceinline__ void meu_fuse_backward_spatial(const T* __restrict__ 
 }
 
 template <typename T>
-__device__ __forceinline__ void meu_fuse_backward_high(const T* __restrict__ dy,
-                                                       const T* __restrict__ sa, T* dh,
+__device__ __forceinline__ void meu_fuse_backward_high(const T* RESTRICT dy,
+                                                       const T* RESTRICT sa, T* dh,
                                                        int accumulate, int in_h, int in_w,
                                                        int out_h, int out_w, int dy_batch,
                                                        int dy_plane, int sa_batch, int dh_batch,

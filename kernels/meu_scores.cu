@@ -19,11 +19,11 @@ constexpr int CLASSES = 20;  // of a group
 constexpr int LABELS_W = 64, LABELS_H = 16;
 
 template <typename T>
-__device__ __forceinline__ void meu_compose(const float* __restrict__ mix,
-                                            const float* __restrict__ low,
-                                            const float* __restrict__ low_bias,
-                                            const float* __restrict__ bias,
-                                            const T* __restrict__ ca, float* __restrict__ composed,
+__device__ __forceinline__ void meu_compose(const float* RESTRICT mix,
+                                            const float* RESTRICT low,
+                                            const float* RESTRICT low_bias,
+                                            const float* RESTRICT bias,
+                                            const T* RESTRICT ca, float* RESTRICT composed,
                                             int classes, int width, int in_c, int ca_batch,
                                             int ca_plane) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -80,7 +80,7 @@ struct Scores {
 
 template <typename T>
 __device__ __forceinline__ void meu_scores(const T* t, const T* x, const T* sa,
-                                           const float* composed, T* __restrict__ y, int classes,
+                                           const float* composed, T* RESTRICT y, int classes,
                                            int in_c, int in_h, int in_w, int h, int w, int t_batch,
                                            int t_plane, int x_batch, int x_plane, int sa_batch,
                                            int y_batch, int y_plane) {
@@ -118,7 +118,7 @@ __device__ __forceinline__ void meu_scores(const T* t, const T* x, const T* sa,
 template <typename T>
 __device__ __forceinline__ void scores_argmax(const T* t, const T* x, const T* sa,
                                               const float* composed,
-                                              unsigned char* __restrict__ labels, int classes,
+                                              unsigned char* RESTRICT labels, int classes,
                                               int in_c, int in_h, int in_w, int h, int w, int out_h,
                                               int out_w, int pitch, int t_batch, int t_plane,
                                               int x_batch, int x_plane, int sa_batch) {

@@ -9,7 +9,7 @@
 namespace {
 
 template <typename T>
-__device__ __forceinline__ void global_pool_forward(const T* __restrict__ x, T* __restrict__ y,
+__device__ __forceinline__ void global_pool_forward(const T* RESTRICT x, T* RESTRICT y,
                                                     int pixels, int x_batch, int x_plane,
                                                     int y_batch, int y_plane) {
     __shared__ float shared[32];
@@ -23,7 +23,7 @@ __device__ __forceinline__ void global_pool_forward(const T* __restrict__ x, T* 
 }
 
 template <typename T>
-__device__ __forceinline__ void channel_mean_forward(const T* __restrict__ x, T* __restrict__ y,
+__device__ __forceinline__ void channel_mean_forward(const T* RESTRICT x, T* RESTRICT y,
                                                      int channels, int pixels, int x_batch,
                                                      int x_plane, int y_batch) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -36,7 +36,7 @@ __device__ __forceinline__ void channel_mean_forward(const T* __restrict__ x, T*
 }
 
 template <typename T>
-__device__ __forceinline__ void global_pool_backward(const T* __restrict__ dy, T* dx,
+__device__ __forceinline__ void global_pool_backward(const T* RESTRICT dy, T* dx,
                                                      int accumulate, int pixels, int dy_batch,
                                                      int dy_plane, int dx_batch, int dx_plane) {
     const float g = load(dy + plane_at(blockIdx.z, dy_batch, blockIdx.y, dy_plane)) / pixels;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void global_pool_backward(const T* __restrict__ dy, T
 }
 
 template <typename T>
-__device__ __forceinline__ void channel_mean_backward(const T* __restrict__ dy, T* dx,
+__device__ __forceinline__ void channel_mean_backward(const T* RESTRICT dy, T* dx,
                                                       int accumulate, int channels, int pixels,
                                                       int dy_batch, int dx_batch, int dx_plane) {
     const float share = 1.0f / channels;

@@ -9,7 +9,7 @@ namespace {
 
 // partial is (N * pieces) x C.
 template <typename T>
-__device__ __forceinline__ void channel_sum(const T* __restrict__ x, float* __restrict__ partial,
+__device__ __forceinline__ void channel_sum(const T* RESTRICT x, float* RESTRICT partial,
                                             int pixels, int x_batch, int x_plane) {
     __shared__ float shared[32];
     x += plane_at(blockIdx.z, x_batch, blockIdx.y, x_plane);
@@ -39,8 +39,8 @@ extern "C" __global__ void channel_sum_f16(const __half* x, float* partial, int 
     channel_sum(x, partial, pixels, x_batch, x_plane);
 }
 
-extern "C" __global__ void sum_partials_f32(const float* __restrict__ partial,
-                                            float* __restrict__ out, int parts, int len) {
+extern "C" __global__ void sum_partials_f32(const float* RESTRICT partial,
+                                            float* RESTRICT out, int parts, int len) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= len) return;
     double sum = 0.0;

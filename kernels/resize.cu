@@ -14,7 +14,7 @@ namespace {
 constexpr int RESIZE_CHANNELS = 8;
 
 template <typename T>
-__device__ __forceinline__ void resize_forward(const T* __restrict__ x, T* __restrict__ y,
+__device__ __forceinline__ void resize_forward(const T* RESTRICT x, T* RESTRICT y,
                                                int channels, int in_h, int in_w, int out_h,
                                                int out_w, int x_batch, int x_plane, int y_batch,
                                                int y_plane) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void resize_forward(const T* __restrict__ x, T* __res
 
 // in_h, in_w: size of dx; out_h, out_w: size of dy. grid.y is the channel.
 template <typename T>
-__device__ __forceinline__ void resize_backward(const T* __restrict__ dy, T* dx, int accumulate,
+__device__ __forceinline__ void resize_backward(const T* RESTRICT dy, T* dx, int accumulate,
                                                 int in_h, int in_w, int out_h, int out_w,
                                                 int dy_batch, int dy_plane, int dx_batch,
                                                 int dx_plane) {
@@ -50,8 +50,8 @@ __device__ __forceinline__ void resize_backward(const T* __restrict__ dy, T* dx,
 }
 
 template <typename T>
-__device__ __forceinline__ void resize_argmax(const T* __restrict__ scores,
-                                              unsigned char* __restrict__ labels, int classes,
+__device__ __forceinline__ void resize_argmax(const T* RESTRICT scores,
+                                              unsigned char* RESTRICT labels, int classes,
                                               int in_h, int in_w, int out_h, int out_w,
                                               int x_batch, int x_plane) {
     const int tiles_x = (out_w + 31) / 32;

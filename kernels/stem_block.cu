@@ -51,14 +51,14 @@ __device__ __forceinline__ float stored(const __half*, float v) {
 }
 
 template <typename Source, typename T>
-__device__ __forceinline__ void stem_block(Source source, const float* __restrict__ stem_w,
-                                           const float* __restrict__ stem_b,
-                                           const float* __restrict__ expand_w,
-                                           const float* __restrict__ expand_b,
-                                           const float* __restrict__ depth_w,
-                                           const float* __restrict__ depth_b,
-                                           const float* __restrict__ project_w,
-                                           const float* __restrict__ project_b, T* s, T* y, int act,
+__device__ __forceinline__ void stem_block(Source source, const float* RESTRICT stem_w,
+                                           const float* RESTRICT stem_b,
+                                           const float* RESTRICT expand_w,
+                                           const float* RESTRICT expand_b,
+                                           const float* RESTRICT depth_w,
+                                           const float* RESTRICT depth_b,
+                                           const float* RESTRICT project_w,
+                                           const float* RESTRICT project_b, T* s, T* y, int act,
                                            int in_h, int in_w, int h, int w, int s_batch,
                                            int s_plane, int y_batch, int y_plane) {
     DYNAMIC_SHARED(float, shared);

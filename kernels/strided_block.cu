@@ -159,7 +159,7 @@ __device__ __forceinline__ void make_branch(const Branches& op, int branch, cons
 }
 
 template <int C>
-__device__ __forceinline__ void strided_block(const Branches& op, __half* __restrict__ y,
+__device__ __forceinline__ void strided_block(const Branches& op, __half* RESTRICT y,
                                               int y_batch, int y_plane) {
     DYNAMIC_SHARED(float, sums);
     const int tiles_x = (op.w + TILE - 1) / TILE, branch = blockIdx.y;

@@ -7,7 +7,7 @@
 namespace {
 
 template <typename T>
-__device__ __forceinline__ void subsample(const T* __restrict__ x, T* __restrict__ y, int in_w,
+__device__ __forceinline__ void subsample(const T* RESTRICT x, T* RESTRICT y, int in_w,
                                           int out_w, int pixels, int x_batch, int x_plane,
                                           int y_batch, int y_plane) {
     x += plane_at(blockIdx.z, x_batch, blockIdx.y, x_plane);

@@ -73,7 +73,7 @@ __device__ __forceinline__ void load_eight(const float* from, float (&v)[8]) {
 
 // A row-major matrix of halves into shared memory, rows of `pitch`; all threads of the block.
 template <int ROWS, int COLUMNS, int PITCH, int THREADS = TILE_THREADS>
-__device__ __forceinline__ void stage_matrix(const __half* __restrict__ from, __half* to) {
+__device__ __forceinline__ void stage_matrix(const __half* RESTRICT from, __half* to) {
     constexpr int EIGHTS = COLUMNS / 8;
 #pragma unroll 8
     for (int i = threadIdx.x; i < ROWS * EIGHTS; i += THREADS) {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void multiply_f32(const float* ws, const float* xs, f
 // R rows for every 16 threads, and 16 columns of a row-major matrix, as [column][row]; zeros beyond
 // `rows`, `depth`.
 template <int R, int W_PITCH = PITCH_F32, int THREADS = TILE_THREADS>
-__device__ __forceinline__ void stage_weights_f32(const float* __restrict__ w, int columns,
+__device__ __forceinline__ void stage_weights_f32(const float* RESTRICT w, int columns,
                                                   int rows, int depth, float* ws) {
     for (int i = threadIdx.x; i < THREADS * R; i += THREADS) {
         const int row = i / DEPTH, k = i % DEPTH;

@@ -11,8 +11,8 @@
 namespace {
 
 template <typename T>
-__device__ __forceinline__ void weighted_pool_gather(const T* __restrict__ weights,
-                                                     float* __restrict__ gathered, int in_h,
+__device__ __forceinline__ void weighted_pool_gather(const T* RESTRICT weights,
+                                                     float* RESTRICT gathered, int in_h,
                                                      int in_w, int out_h, int out_w, int w_batch) {
     const int tiles_x = (in_w + 31) / 32;
     const int qx = blockIdx.x % tiles_x * 32 + threadIdx.x;
@@ -27,10 +27,10 @@ __device__ __forceinline__ void weighted_pool_gather(const T* __restrict__ weigh
 }
 
 template <typename T>
-__device__ __forceinline__ void weighted_pool(const T* __restrict__ x,
-                                              const T* __restrict__ weights,
-                                              const float* __restrict__ gathered,
-                                              T* __restrict__ y, int channels, int low, int high,
+__device__ __forceinline__ void weighted_pool(const T* RESTRICT x,
+                                              const T* RESTRICT weights,
+                                              const float* RESTRICT gathered,
+                                              T* RESTRICT y, int channels, int low, int high,
                                               int x_batch, int x_plane, int w_batch, int y_batch,
                                               int y_plane) {
     __shared__ float shared[32];

@@ -240,6 +240,16 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_that_may_start_early_loads_only_through_coherent_caches() {
+        for module in MODULES {
+            for (entry, body) in bodies(module.ptx) {
+                let early = body.contains("griddepcontrol.wait");
+                assert!(!(early && body.contains("ld.global.nc")), "{entry}, sm_{}", module.arch);
+            }
+        }
+    }
+
+    #[test]
     fn kernels_wait_for_the_one_before_on_hopper_and_only_there() {
         let waits = |arch: u32, kernel: &str| {
             let modules = MODULES.iter().filter(|module| module.arch == arch);
