@@ -105,11 +105,7 @@ impl Steps<'_> {
     /// plan has it, except sa1, beside which everything that is read later lives already.
     pub(super) fn step(&mut self, low: &mut Lowering, index: usize) {
         match index - self.first {
-            0 => {
-                if !self.sums(low) {
-                    self.gates(low);
-                }
-            }
+            0 => self.begin(low),
             12 if self.fused.is_some() => self.fused_labels(low),
             _ if self.fused.is_some() => {}
             10 => forward::step(low, self.t),
@@ -124,6 +120,13 @@ impl Steps<'_> {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// What all pixels have to wait for, in one launch where it can be.
+    fn begin(&mut self, low: &mut Lowering) {
+        if !self.sums(low) {
+            self.gates(low);
         }
     }
 
