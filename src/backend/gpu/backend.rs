@@ -11,6 +11,7 @@ use super::control::{self, Hyper, Run};
 use super::cost;
 use super::device::{Buffer, Element, GpuDevice, LANES, Place};
 use super::lower::{self, Memory, Program, Target};
+use super::prepared::Prepared;
 use super::variants::{Expanded, Variants};
 use crate::backend::{
     AdamStep, Backend, Counters, Images, Mark, Output, Precision, Rgb, State, Work,
@@ -50,27 +51,6 @@ pub struct GpuBackend<D> {
     chosen: Option<Chosen>,
     prepared: Option<Prepared>,
     labels_computed: Option<Mark>,
-}
-
-/// Memory and commands of the plan at hand.
-struct Prepared {
-    memory: Memory,
-    program: Program,
-    /// The forward pass over 8-bit RGB.
-    forward_rgb: Option<Vec<Command>>,
-    /// Whether the input at hand is 8-bit RGB.
-    is_rgb: bool,
-    /// What is in the memory for it: three scales, three shifts.
-    normalisation: Option<[[f32; 3]; 2]>,
-    element: Element,
-    arena_len: usize,
-    param_len: usize,
-    trainable_len: usize,
-    /// Images and pixels per image.
-    pixels: usize,
-    classes: usize,
-    labels_written: bool,
-    reserved_bytes: usize,
 }
 
 impl<D: GpuDevice> GpuBackend<D> {
@@ -201,55 +181,6 @@ impl<D: GpuDevice> GpuBackend<D> {
             prepared.normalisation = Some(wanted);
         }
         Ok(Some(values.into()))
-    }
-}
-
-impl Prepared {
-    /// Where a forward pass leaves its result, and its bytes.
-    fn result(&self, plan: &Plan) -> (Place, usize) {
-        match plan.mode {
-            Mode::Labels => (self.memory.labels.into(), self.pixels),
-            _ => (self.image(&plan.logits, 0), plan.logits.extent() * self.element.size()),
-        }
-    }
-
-    /// First byte of an image of a tensor whose planes are dense.
-    fn image(&self, tensor: &Tensor, n: usize) -> Place {
-        let byte_offset = (tensor.offset + n * tensor.batch_stride) * self.element.size();
-        Place { buffer: self.memory.arena, byte_offset }
-    }
-
-    fn check_tensor(&self, tensor: &Tensor, len: usize) -> Result<()> {
-        let dense = tensor.plane_stride == tensor.shape.plane();
-        let inside = tensor.offset + tensor.extent() <= self.arena_len;
-        if len == tensor.shape.len() && dense && inside {
-            return Ok(());
-        }
-        Err(Error::Shape {
-            node: "host copy".into(),
-            expected: format!("{} elements ({})", tensor.shape.len(), tensor.shape),
-            found: format!("{len} elements"),
-        })
-    }
-
-    fn state(&self, state: State) -> (Option<Buffer>, usize) {
-        match state {
-            State::Params => (Some(self.memory.params), self.param_len),
-            State::Grads => (self.memory.grads, self.trainable_len),
-            State::Moment1 => (self.memory.moments.map(|m| m[0]), self.trainable_len),
-            State::Moment2 => (self.memory.moments.map(|m| m[1]), self.trainable_len),
-        }
-    }
-
-    fn check_state(&self, state: State, len: usize) -> Result<Buffer> {
-        match self.state(state) {
-            (Some(buffer), expected) if expected == len => Ok(buffer),
-            (buffer, expected) => Err(Error::Shape {
-                node: format!("{state:?}"),
-                expected: format!("{} values", buffer.map_or(0, |_| expected)),
-                found: format!("{len}"),
-            }),
-        }
     }
 }
 
