@@ -3,6 +3,7 @@
 use serde_json::Map;
 
 use super::markdown::{Markdown, UNKNOWN, grouped, percent};
+use super::paper::TABLE_8_MIOU;
 use super::runs::{Finished, Job, Runs, describe};
 use crate::backend::Backend;
 use crate::data::{Dataset, DatasetKind};
@@ -84,7 +85,8 @@ pub fn table(
             vec![class.clone(), percent(iou.is_finite().then_some(iou)), UNKNOWN.into()]
         })
         .collect();
-    rows.push(vec!["**mIoU**".into(), percent(Some(confusion.miou())), UNKNOWN.into()]);
+    let papers = format!("{TABLE_8_MIOU:.1}");
+    rows.push(vec!["**mIoU**".into(), percent(Some(confusion.miou())), papers]);
     rows.push(vec![
         "**global accuracy**".into(),
         percent(Some(confusion.global_accuracy())),
