@@ -5,7 +5,7 @@
 //! pair makes bytes of halves, its last projection reads bytes, and all between them is bytes.
 
 use super::forward::{self, Planes};
-use super::{Lowering, act_code, args};
+use super::{Lowering, args, products};
 use crate::backend::gpu::device::{Element, Place};
 use crate::backend::gpu::launch::{self, PairTiling};
 use crate::backend::gpu::variants::{CascadePlanes, Expanded, Pairs};
@@ -124,30 +124,8 @@ pub(super) fn project(low: &mut Lowering, step: &Step) -> bool {
     let (residual, y) = (step.inputs.get(1), &step.output);
     let x = bytes.planes(low.at(&step.inputs[0]));
     tiling.kernel = launch::pair_in_bytes(tiling.kernel, true);
-    let args = args![
-        x.at,
-        low.param_stored(op.weight),
-        op.bias.map(|b| low.param(b)),
-        residual.map(|r| low.at(r)),
-        low.at(y),
-        None::<Place>,
-        None::<Place>,
-        None::<Place>,
-        act_code(op.act),
-        act_code(Act::None),
-        y.shape.plane(),
-        x.batch_stride,
-        x.plane_stride,
-        residual.map_or(0, |r| r.batch_stride),
-        residual.map_or(0, |r| r.plane_stride),
-        y.batch_stride,
-        y.plane_stride,
-        0usize,
-        0usize,
-        tiling.staged,
-        bytes.scales(),
-        None::<Place>,
-    ];
+    let mut args = products::pair_args(low, tiling, op, x, residual, y, None);
+    args.extend(args![bytes.scales(), None::<Place>]);
     low.launch(launch::pair(tiling, y.shape, args));
     true
 }

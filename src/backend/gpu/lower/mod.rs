@@ -199,8 +199,9 @@ fn over_rgb(low: &mut Lowering, program: &Program, rgb: [Buffer; 2]) -> bool {
 
 /// The kernels that do several steps at once: how many they did, 0 where they do not apply.
 fn several(low: &mut Lowering, steps: &[Step]) -> usize {
+    let step = &steps[0];
     // Nothing else may come upon a tensor in bytes.
-    if bytes::cascade(low, &steps[0]) {
+    if bytes::cascade(low, step) {
         1
     } else if stem::block(low, steps, None) {
         4
@@ -208,10 +209,7 @@ fn several(low: &mut Lowering, steps: &[Step]) -> usize {
         done
     } else if products::pair(low, steps) || products::subsampled(low, steps) {
         2
-    } else if steps
-        .first()
-        .is_some_and(|step| bytes::project(low, step) || stage::last_projection(low, step))
-    {
+    } else if bytes::project(low, step) || stage::last_projection(low, step) {
         1
     } else {
         0

@@ -148,36 +148,52 @@ pub(super) fn pair(low: &mut Lowering, steps: &[Step]) -> bool {
         to = left.planes(to.at);
         tiling.kernel = launch::pair_in_bytes(tiling.kernel, read.is_some());
     }
-    let mut args = args![
-        from.at,
-        low.param_stored(project.weight),
-        project.bias.map(|b| low.param(b)),
-        residual.map(|r| low.at(r)),
-        low.at(y),
-        low.param_stored(expand.weight),
-        expand.bias.map(|b| low.param(b)),
-        to.at,
-        act_code(project.act),
-        act_code(expand.act),
-        y.shape.plane(),
-        from.batch_stride,
-        from.plane_stride,
-        residual.map_or(0, |r| r.batch_stride),
-        residual.map_or(0, |r| r.plane_stride),
-        y.batch_stride,
-        y.plane_stride,
-        to.batch_stride,
-        to.plane_stride,
-    ];
-    if low.element == Element::F16 {
-        args.push(Arg::from(tiling.staged));
-    }
+    let mut args = pair_args(low, tiling, project, from, residual, y, Some((expand, to)));
     if let Some(left) = left {
         args.extend(args![read.map(|read| read.scales()), left.inverses()]);
         low.put_bytes(left);
     }
     low.launch(launch::pair(tiling, y.shape, args));
     true
+}
+
+/// Arguments of a pair, those of storage in bytes excepted; without `expand` and where its result goes,
+/// of the projection alone.
+pub(super) fn pair_args(
+    low: &Lowering,
+    tiling: PairTiling,
+    project: &Conv1x1,
+    x: Planes,
+    residual: Option<&Tensor>,
+    y: &Tensor,
+    expand: Option<(&Conv1x1, Planes)>,
+) -> Vec<Arg> {
+    let bias = |op: &Conv1x1| op.bias.map(|b| low.param(b));
+    let mut args = args![
+        x.at,
+        low.param_stored(project.weight),
+        bias(project),
+        residual.map(|r| low.at(r)),
+        low.at(y),
+        expand.map(|(op, _)| low.param_stored(op.weight)),
+        expand.and_then(|(op, _)| bias(op)),
+        expand.map(|(_, z)| z.at),
+        act_code(project.act),
+        act_code(expand.map_or(Act::None, |(op, _)| op.act)),
+        y.shape.plane(),
+        x.batch_stride,
+        x.plane_stride,
+        residual.map_or(0, |r| r.batch_stride),
+        residual.map_or(0, |r| r.plane_stride),
+        y.batch_stride,
+        y.plane_stride,
+        expand.map_or(0, |(_, z)| z.batch_stride),
+        expand.map_or(0, |(_, z)| z.plane_stride),
+    ];
+    if low.element == Element::F16 {
+        args.push(Arg::from(tiling.staged));
+    }
+    args
 }
 
 /// A projection by the kernel that would make the next expansion as well; false for shapes that it does
@@ -189,30 +205,7 @@ pub(super) fn projection(low: &mut Lowering, op: &Conv1x1, step: &Step) -> bool 
     let Some(tiling) = tiling.filter(|_| op.in_channels == 4 * op.out_channels) else {
         return false;
     };
-    let mut args = args![
-        low.at(x),
-        low.param_stored(op.weight),
-        op.bias.map(|b| low.param(b)),
-        residual.map(|r| low.at(r)),
-        low.at(y),
-        Arg::Null,
-        Arg::Null,
-        Arg::Null,
-        act_code(op.act),
-        act_code(Act::None),
-        y.shape.plane(),
-        x.batch_stride,
-        x.plane_stride,
-        residual.map_or(0, |r| r.batch_stride),
-        residual.map_or(0, |r| r.plane_stride),
-        y.batch_stride,
-        y.plane_stride,
-        0,
-        0,
-    ];
-    if low.element == Element::F16 {
-        args.push(Arg::from(tiling.staged));
-    }
+    let args = pair_args(low, tiling, op, Planes::of(low, x), residual, y, None);
     low.launch(launch::pair(tiling, y.shape, args));
     true
 }
