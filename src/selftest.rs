@@ -471,12 +471,25 @@ fn half_gradient(found: &[f32], expected: &[f32], range: Range<usize>) -> Compar
     Comparison { error: comparison.error * own / least, ..comparison }
 }
 
-/// Initial weights, and everything that starts at 0 or 1 drawn from around there.
+/// Least magnitude of a depthwise centre tap, about half a standard deviation. With dilations as large
+/// as the plane it is all that a convolution sees of its input; near zero it would leave batch norm
+/// nothing to normalise but roundings.
+const CENTRE_TAP: f32 = 0.25;
+
+/// Initial weights, with depthwise centre taps kept away from zero, and everything that starts at 0 or
+/// 1 drawn from around there.
 fn random_params(specs: &[ParamSpec], rng: &mut ChaCha8Rng) -> ParamStore {
     let mut store = ParamStore::init(specs, rng.random());
     for spec in specs {
         let range = match spec.role {
-            ParamRole::Weight { .. } => continue,
+            ParamRole::Weight { .. } => {
+                if spec.shape.ends_with(&[1, 3, 3]) {
+                    for taps in store.values[spec.range()].chunks_exact_mut(9) {
+                        taps[4] = taps[4].abs().max(CENTRE_TAP).copysign(taps[4]);
+                    }
+                }
+                continue;
+            }
             ParamRole::Scale | ParamRole::GateBias | ParamRole::RunningVar => 0.5..1.5,
             ParamRole::Bias | ParamRole::RunningMean => -0.5..0.5,
         };

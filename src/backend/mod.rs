@@ -295,6 +295,12 @@ pub trait Backend: Send {
         None
     }
 
+    /// Floating-point operations per second that the device reaches at most, measured now on all its
+    /// threads; none of a device that has a data sheet, or is none.
+    fn peak_flops(&self) -> Option<f64> {
+        None
+    }
+
     /// Fixes the variants of plans prepared from now on; of no effect on a device without any.
     fn choose(&mut self, choice: Choice) {
         let _ = choice;

@@ -7,7 +7,7 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::simd::Isa;
-use super::{backward, forward};
+use super::{backward, forward, peak};
 use crate::backend::{AdamStep, Backend, Counters, Images, State};
 use crate::error::{Error, Result};
 use crate::graph::passes::Rewrites;
@@ -320,6 +320,10 @@ impl Backend for CpuBackend {
             *w -= rate * *m / (v.sqrt() * root + step.eps);
         }
         Ok(())
+    }
+
+    fn peak_flops(&self) -> Option<f64> {
+        Some(peak::flops_per_second(self.isa, &self.pool))
     }
 
     fn synchronize(&mut self) -> Result<()> {

@@ -254,6 +254,17 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
 /// and so is what changes labels.
 pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 
+/// Choices that the cost model leaves to a measurement. What it would decide them by, the price of a
+/// barrier across the grid, is an assumption that no card has confirmed, and blocks that wait for each
+/// other hang where the driver does not keep all of them resident.
+pub const MEASURED: [(&str, &str); 1] = [("stage3", "persistent")];
+
+/// Whether a choice is one that only a measurement makes.
+fn measured_only(variants: Variants) -> bool {
+    let text = variants.to_string();
+    MEASURED.iter().any(|(key, value)| text.split(',').any(|item| item == format!("{key}={value}")))
+}
+
 /// The dimensions of this build.
 pub fn dimensions() -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
     let text = Variants::default().to_string();
@@ -355,7 +366,8 @@ pub fn work(
     Ok(cost::forward(plan, &program, element))
 }
 
-/// The choice that the cost model predicts to be fastest on a card, with its work and its prediction.
+/// The choice that the cost model predicts to be fastest on a card, with its work and its prediction;
+/// never one of [`MEASURED`].
 ///
 /// # Errors
 /// Those of [`lower::lower`].
@@ -365,6 +377,9 @@ pub fn by_model(
     card: &Card,
 ) -> Result<(Choice, Vec<CommandCost>, Prediction)> {
     let predict = |variants: Variants| -> Result<Option<f64>> {
+        if measured_only(variants) {
+            return Ok(None);
+        }
         let costs = work(plan, element, card.shared_per_block, variants)?;
         Ok(Some(cost::total(&costs, card, true).expected))
     };
