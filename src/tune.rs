@@ -242,12 +242,8 @@ pub fn predict(
         Element::F16 => predict_bytes(model, size, card)?,
         Element::F32 => None,
     };
-    let persistent = choice::changed(choice.variants, "stage3", "persistent")?;
-    let together = choice::work(&plan, element, card.shared_per_block, persistent)?;
-    let persistent = (cost::launches(&together) < cost::launches(&costs)).then(|| {
-        let total = cost::total(&together, card, choice.graphs);
-        Alternative::new(persistent, &together, total)
-    });
+    let persistent = choice::by_model_persistent(&plan, element, card)?
+        .map(|(choice, costs, total)| Alternative::new(choice.variants, &costs, total));
     let mut classes = by_class(&costs, card, choice.graphs);
     classes.sort_by(|a, b| b.predicted_us.total_cmp(&a.predicted_us));
     let input = plan.input.shape;

@@ -376,15 +376,43 @@ pub fn by_model(
     element: Element,
     card: &Card,
 ) -> Result<(Choice, Vec<CommandCost>, Prediction)> {
+    let allowed = |variants, _: &[CommandCost]| !measured_only(variants);
+    cheapest(plan, element, card, start(plan, element), allowed)
+}
+
+/// The same with as much of stage 3 in one cooperative launch as the kernel takes; none where it takes
+/// nothing of it.
+///
+/// # Errors
+/// Those of [`lower::lower`].
+pub fn by_model_persistent(
+    plan: &Plan,
+    element: Element,
+    card: &Card,
+) -> Result<Option<(Choice, Vec<CommandCost>, Prediction)>> {
+    let start = changed(start(plan, element), "stage3", "persistent")?;
+    let together = |costs: &[CommandCost]| costs.iter().any(|cost| cost.behind_barrier);
+    if !together(&work(plan, element, card.shared_per_block, start)?) {
+        return Ok(None);
+    }
+    cheapest(plan, element, card, start, |_, costs| together(costs)).map(Some)
+}
+
+/// The cheapest by the model of what is `allowed`, climbing from `start`.
+fn cheapest(
+    plan: &Plan,
+    element: Element,
+    card: &Card,
+    start: Variants,
+    allowed: impl Fn(Variants, &[CommandCost]) -> bool,
+) -> Result<(Choice, Vec<CommandCost>, Prediction)> {
     let predict = |variants: Variants| -> Result<Option<f64>> {
-        if measured_only(variants) {
-            return Ok(None);
-        }
         let costs = work(plan, element, card.shared_per_block, variants)?;
-        Ok(Some(cost::total(&costs, card, true).expected))
+        let expected = cost::total(&costs, card, true).expected;
+        Ok(allowed(variants, &costs).then_some(expected))
     };
     // A margin: the model is not good enough to leave the default for nothing.
-    let (variants, _) = climb(start(plan, element), 0.02, predict)?;
+    let (variants, _) = climb(start, 0.02, predict)?;
     let costs = work(plan, element, card.shared_per_block, variants)?;
     let graph = cost::total(&costs, card, true);
     let single = cost::total(&costs, card, false);
