@@ -37,6 +37,9 @@ pub struct RunState {
     pub classes: Vec<String>,
     /// Class colours.
     pub palette: Vec<[u8; 3]>,
+    /// Weight of each class in the loss; none where all count alike.
+    #[serde(default)]
+    pub class_weights: Vec<f32>,
     /// Channel means of the training images (RGB, 0 to 1).
     pub mean: [f32; 3],
     /// Channel deviations of the training images.
