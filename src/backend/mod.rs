@@ -246,7 +246,8 @@ pub trait Backend: Send {
     /// Loss of the forward pass and gradients of all parameters; a training plan only.
     fn backward(&mut self, plan: &Plan) -> Result<()>;
 
-    /// Cross-entropy of the last [`Backend::backward`], the (weighted) mean over labelled pixels; waits for the device.
+    /// Cross-entropy of the last [`Backend::backward`], the (weighted) mean over labelled pixels; waits
+    /// for the device.
     fn loss(&mut self) -> Result<f32> {
         Ok(self.counters()?.loss)
     }

@@ -185,6 +185,26 @@ mod tests {
         }
     }
 
+    /// torch.nn.functional.cross_entropy(z, t, weight=[0.5, 2, 3], ignore_index=255) in f64.
+    #[test]
+    fn the_weighted_loss_is_pytorchs() {
+        let shape = Shape::new(1, 3, 1, 4);
+        let z = [1.0, 0.0, 2.0, 0.25, 2.0, -1.0, 2.0, 1.5, 0.5, 3.0, 2.0, -0.75];
+        let mut dz = [f32::NAN; 12];
+        let view = ViewMut::dense(&mut dz, shape);
+        let labels = [0, 2, VOID, 1];
+        let loss = forward_backward(View::dense(&z, shape), &labels, &[0.5, 2.0, 3.0], view);
+        assert!((f64::from(loss) - 0.289_305_694_934_674_2).abs() < 1e-7, "{loss}");
+        let expected = [
+            [-0.069_888_737, 0.025_425_067, 0.0, 0.074_849_674],
+            [0.057_139_247, 0.009_353_359, 0.0, -0.102_385_33],
+            [0.012_749_489, -0.034_778_426, 0.0, 0.027_535_656],
+        ];
+        for (found, expected) in dz.iter().zip(expected.as_flattened()) {
+            assert!((found - expected).abs() < 1e-7f32, "{dz:?}");
+        }
+    }
+
     #[test]
     fn weights_of_one_change_no_bit() {
         let shape = Shape::new(2, 5, 7, 9);
