@@ -103,7 +103,10 @@ impl Kernel for StridedTaps<'_> {
     unsafe fn run<S: Simd>(self) {
         let [left, middle, right] = self.taps;
         let mut at = 0;
-        while at + S::LANES <= middle.len() && 2 * (at + S::LANES) < self.row.len() {
+        // Columns in reach of whole vectors; the last of those may do again what the one before it did.
+        let most = middle.len().min(self.row.len().saturating_sub(1) / 2);
+        while at < most && most >= S::LANES {
+            at = at.min(most - S::LANES);
             unsafe {
                 let p = self.row.as_ptr().add(2 * at);
                 let (before, _) = S::load(p).deinterleave(S::load(p.add(S::LANES)));

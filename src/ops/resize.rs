@@ -73,7 +73,9 @@ impl Kernel for StretchTwofold<'_> {
         let mut at = 0;
         unsafe {
             let (quarter, three_quarters) = (S::splat(0.25), S::splat(0.75));
-            while at + S::LANES <= last {
+            while at < last && last >= S::LANES {
+                // The last vector may do again what the one before it did.
+                at = at.min(last - S::LANES);
                 let a = S::load(row.as_ptr().add(at));
                 let step = S::load(row.as_ptr().add(at + 1)).sub(a);
                 let (near, far) = (step.mul_add(quarter, a), step.mul_add(three_quarters, a));

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use crate::backend::cpu::{View, ViewMut};
+use crate::backend::cpu::{Isa, View, ViewMut, planes};
 use crate::graph::Shape;
 
 pub(super) fn shape(inputs: &[Shape]) -> Result<Shape, String> {
@@ -16,7 +16,7 @@ pub(super) fn shape(inputs: &[Shape]) -> Result<Shape, String> {
 }
 
 /// `y[n][c][i][j] = x[n][c][2 i][2 j]`.
-pub fn forward(x: View, y: ViewMut) {
+pub fn forward(isa: Isa, x: View, y: ViewMut) {
     let (fine, coarse) = (x.shape(), y.shape());
     (0..coarse.n * coarse.c).into_par_iter().for_each(|i| {
         let (n, c) = (i / coarse.c, i % coarse.c);
@@ -24,13 +24,7 @@ pub fn forward(x: View, y: ViewMut) {
         let y = unsafe { y.plane_mut(n, c) };
         let rows = x.plane(n, c).chunks(2 * fine.w);
         for (out, rows) in y.chunks_exact_mut(coarse.w).zip(rows) {
-            let (pairs, rest) = rows[..fine.w].as_chunks::<2>();
-            for (o, pair) in out.iter_mut().zip(pairs) {
-                *o = pair[0];
-            }
-            if let [last] = rest {
-                out[coarse.w - 1] = *last;
-            }
+            planes::split_row(isa, &rows[..fine.w], out, None);
         }
     });
 }
@@ -46,9 +40,9 @@ mod tests {
             let x = T64::random(Shape::new(2, 3, h, w), &mut rng(50));
             let expected =
                 T64::from_fn(shape(&[x.shape]).unwrap(), |n, c, i, j| x.at(n, c, 2 * i, 2 * j));
-            everywhere(|_, layout, label| {
+            everywhere(|isa, layout, label| {
                 let mut y = Buffer::unwritten(expected.shape, layout);
-                forward(Buffer::new(&x, layout).view(), y.view_mut());
+                forward(isa, Buffer::new(&x, layout).view(), y.view_mut());
                 assert_eq!(y.read().data, expected.data, "{h}x{w}, {label}");
             });
         }

@@ -6,6 +6,7 @@
 //! outputs, which makes three loads of the nine. With stride 2 the copy's rows are split into even
 //! and odd columns, which turns the strided taps into contiguous loads as well.
 
+use super::planes;
 use super::simd::{Isa, Kernel, Simd};
 
 /// Elements of a cache line.
@@ -95,16 +96,8 @@ impl Padded {
             // Even columns go to the phase of d's parity, odd ones to the other.
             let (even, odd) = copy[(row + d) * self.pitch..][..self.pitch].split_at_mut(self.odd);
             let (first, second) = if d % 2 == 0 { (even, odd) } else { (odd, even) };
-            let (first, second) = (&mut first[d / 2..], &mut second[d.div_ceil(2)..]);
-            for ((pair, a), b) in
-                source.chunks_exact(2).zip(first.iter_mut()).zip(second.iter_mut())
-            {
-                *a = pair[0];
-                *b = pair[1];
-            }
-            if w % 2 == 1 {
-                first[w / 2] = source[w - 1];
-            }
+            let first = &mut first[d / 2..][..w.div_ceil(2)];
+            planes::split_row(isa, source, first, Some(&mut second[d.div_ceil(2)..][..w / 2]));
         }
     }
 

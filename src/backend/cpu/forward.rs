@@ -70,7 +70,7 @@ fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
             op.forward(isa, input(0), input(1), input(2), sa, output);
         }
         Op::Resize => resize::forward(isa, input(0), output),
-        Op::Subsample => subsample::forward(input(0), output),
+        Op::Subsample => subsample::forward(isa, input(0), output),
         Op::WeightedPool => weighted_pool::forward(isa, input(0), input(1), output),
         Op::MeuScores(op) => {
             let params = MeuScoresParams {

@@ -75,6 +75,52 @@ fn reduce<R: Reduction>(isa: Isa, len: usize, work: R) -> (f64, f64) {
     sums
 }
 
+/// Takes a row apart: `even[i] = x[2 i]` and, where wanted, `odd[i] = x[2 i + 1]`. `even` has
+/// ceil(W / 2) elements, `odd` W / 2.
+pub fn split_row(isa: Isa, x: &[f32], even: &mut [f32], odd: Option<&mut [f32]>) {
+    struct Split<'a> {
+        x: &'a [f32],
+        even: &'a mut [f32],
+        odd: Option<&'a mut [f32]>,
+    }
+    impl Kernel for Split<'_> {
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) {
+            let pairs = self.x.len() / 2;
+            let even = self.even.as_mut_ptr();
+            let odd = self.odd.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr);
+            let mut at = 0;
+            while at < pairs && pairs >= S::LANES {
+                // The last vector may do again what the one before it did.
+                at = at.min(pairs - S::LANES);
+                unsafe {
+                    let p = self.x.as_ptr().add(2 * at);
+                    let (first, second) = S::load(p).deinterleave(S::load(p.add(S::LANES)));
+                    first.store(even.add(at));
+                    if !odd.is_null() {
+                        second.store(odd.add(at));
+                    }
+                }
+                at += S::LANES;
+            }
+            for i in at..pairs {
+                unsafe {
+                    *even.add(i) = self.x[2 * i];
+                    if !odd.is_null() {
+                        *odd.add(i) = self.x[2 * i + 1];
+                    }
+                }
+            }
+            if self.x.len() % 2 == 1 {
+                unsafe { *even.add(pairs) = self.x[2 * pairs] }
+            }
+        }
+    }
+    assert!(even.len() == x.len().div_ceil(2));
+    assert!(odd.as_ref().is_none_or(|odd| odd.len() == x.len() / 2));
+    unsafe { isa.run(Split { x, even, odd }) }
+}
+
 /// Sum of a plane.
 pub fn sum(isa: Isa, x: &[f32]) -> f64 {
     struct Sum(*const f32);
