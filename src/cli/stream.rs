@@ -137,7 +137,7 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
         status_line(format_args!("{}\n", describe(&status, rate)));
     }
     result?;
-    if status.frames == 0 && status.dropped == 0 {
+    if status.frames == 0 && status.dropped == 0 && !status.output_closed {
         let found = "none: an empty input";
         return Err(Error::format(input.origin, "at least one frame", found).into());
     }
