@@ -89,6 +89,15 @@ impl Error {
         }
     }
 
+    /// Where a value that would be wrong usage on a command line comes from a file: the file's
+    /// fault, of which `expected` tells what would have been right.
+    pub fn blame_file(self, path: impl AsRef<Path>, expected: &str) -> Self {
+        match self {
+            Error::Usage(found) => Error::format(path, expected, found),
+            other => other,
+        }
+    }
+
     /// Process exit code that the command line gives for this error: 2 for wrong usage, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {

@@ -1,11 +1,11 @@
 //! Where a command's result goes: a file, or standard output.
 
-use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use clap::builder::{MapValueParser, PathBufValueParser, TypedValueParser, ValueParserFactory};
 use fpenet::stream::STDOUT;
 use fpenet::{Error, Model, Result, files};
 use serde::Serialize;
@@ -20,9 +20,14 @@ pub enum Destination {
     Stdout,
 }
 
-impl From<OsString> for Destination {
-    fn from(text: OsString) -> Self {
-        if text == "-" { Destination::Stdout } else { Destination::File(text.into()) }
+impl ValueParserFactory for Destination {
+    type Parser = MapValueParser<PathBufValueParser, fn(PathBuf) -> Destination>;
+
+    fn value_parser() -> Self::Parser {
+        PathBufValueParser::new().map(|path| match path.as_os_str() == "-" {
+            true => Destination::Stdout,
+            false => Destination::File(path),
+        })
     }
 }
 

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use fpenet::Error;
 use fpenet::exec::Inference;
 use fpenet::graph::Mode;
@@ -40,7 +39,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     npy::check_finite(&args.input, &input)?;
     let mut inference = Inference::new(&model, args.device.open()?, n, h, w, Mode::Logits)
-        .with_context(|| args.input.display().to_string())?;
+        .map_err(|e| e.blame_file(&args.input, "an array that the network takes"))?;
     inference.run(&input)?;
     let logits = inference.logits()?;
     let shape = [n, model.config.classes, h, w];
