@@ -107,8 +107,9 @@ impl Error {
     }
 }
 
-/// Characters of what a file holds, and of what was expected in its place, that a message quotes.
-const QUOTED: usize = 500;
+/// Characters of what a file holds, and of what was expected in its place, that a message quotes:
+/// enough for an import's account of what is missing, unknown and misshapen.
+const QUOTED: usize = 800;
 
 /// A text on one line: control characters and Unicode's line separators as escapes (`\n`,
 /// `\u{2028}`), cut at `longest` characters.
@@ -131,15 +132,15 @@ fn name(path: &Path) -> OneLine<'_> {
 
 impl fmt::Display for OneLine<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, c) in self.text.chars().enumerate() {
-            if i == self.longest {
+        let mut left = self.longest;
+        for c in self.text.chars() {
+            let escape = c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+            let length = if escape { c.escape_default().len() } else { 1 };
+            if length > left {
                 return f.write_str("...");
             }
-            if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') {
-                write!(f, "{}", c.escape_default())?;
-            } else {
-                f.write_char(c)?;
-            }
+            left -= length;
+            if escape { write!(f, "{}", c.escape_default())? } else { f.write_char(c)? }
         }
         Ok(())
     }
@@ -178,6 +179,9 @@ mod tests {
         let message = Error::format("m.safetensors", huge.as_str(), huge.as_str()).to_string();
         let cut = format!("{}...", "\u{e9}".repeat(QUOTED));
         assert_eq!(message, format!("m.safetensors: expected {cut}, found {cut}"));
+        let breaks = "\n".repeat(QUOTED);
+        let message = Error::format("a", "b", breaks).to_string();
+        assert_eq!(message, format!("a: expected b, found {}...", "\\n".repeat(QUOTED / 2)));
         let whole = "x".repeat(QUOTED);
         assert!(Error::format("a", "b", whole.as_str()).to_string().ends_with(&whole));
     }

@@ -71,7 +71,7 @@ pub fn write(path: &Path, model: &Model, options: &Options) -> Result<Written> {
     Ok(written)
 }
 
-/// The bytes of [`write`], for a pipe.
+/// The bytes of [`write()`], for a pipe.
 ///
 /// # Errors
 /// As [`export`].
