@@ -90,6 +90,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         ))
         .into());
     }
+    if let Some(unfit) = classes::unfit(&model.classes) {
+        let text = format!("--class-names: expected names of one line, found {unfit}");
+        return Err(Error::Usage(text).into());
+    }
     if let (Some(mean), Some(std)) = (args.mean, args.std) {
         if std.iter().any(|s| *s <= 0.0) {
             let found = format!("--std: expected positive numbers, found {std:?}");

@@ -94,8 +94,8 @@ impl Model {
 
         let (names, colours) = classes::table(config.classes);
         let classes: Vec<String> = metadata.list("classes", config.classes)?.unwrap_or(names);
-        if let Some(i) = classes.iter().position(|name| name.trim().is_empty()) {
-            return Err(metadata.wrong("classes", "names", format!("an empty one at index {i}")));
+        if let Some(unfit) = classes::unfit(&classes) {
+            return Err(metadata.wrong("classes", "names of one line", unfit));
         }
         let palette = metadata.list("palette", config.classes)?.unwrap_or(colours);
         let (mean, std) = metadata.normalisation()?;
