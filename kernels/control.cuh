@@ -16,8 +16,9 @@ struct Control {
     int skip;          // the update is left out
     float rate, root;  // of the update
     // Written by the host.
-    float inverse_count;  // one over the number of labelled pixels
+    float inverse_total;  // one over the sum of the labelled pixels' weights
     float lr, beta1, beta2, eps, weight_decay;
     int step;  // number of this update, from 1, those left out included
     int padding;
+    float class_weights[256];  // of each label in the loss
 };

@@ -98,11 +98,14 @@ pub struct Report {
     pub gemms: Option<usize>,
     /// Whether the launches are replayed as one CUDA graph.
     pub graph: Option<bool>,
-    /// Bytes that the commands of a forward pass read and write, counted from their shapes; null
-    /// where there are no commands to count.
+    /// Bytes that the commands of a forward pass, or a CPU's operators, read and write: counted from
+    /// their shapes, wherever in a cache they are. Null on a GPU in training.
     pub bytes_moved: Option<u64>,
+    /// Floating-point operations per second that a CPU reaches on registers alone, in units of 10^9:
+    /// measured beside the samples. Null on a GPU, whose data sheet says it.
+    pub peak_gflops: Option<f64>,
     /// Time of those commands at the card's peak bandwidths and rates: a model's figure; null for a
-    /// card without a data sheet.
+    /// card without a data sheet. On a CPU the time of the multiply-adds at `peak_gflops`.
     pub roofline_ms: Option<f64>,
     /// `roofline_ms` over the median of `compute_ms`.
     pub roofline_share: Option<f64>,
@@ -134,10 +137,26 @@ impl Report {
         self.gemms = Some(work.gemms);
         self.graph = Some(work.replayed);
         self.bytes_moved = Some(work.bytes);
-        self.roofline_ms = work.roofline_seconds.map(|seconds| seconds * 1e3);
-        let median = self.compute_ms.map(|latency| latency.median);
-        self.roofline_share = self.roofline_ms.zip(median).map(|(bound, median)| bound / median);
+        self.set_roofline(work.roofline_seconds.map(|seconds| seconds * 1e3));
         self.device_bytes = Some(work.reserved_bytes);
+    }
+
+    /// Enters what the device reaches at most ([`Backend::peak_flops`]); `compute_ms` must be there
+    /// already. A training step is not counted by its operations and has no share.
+    pub fn set_peak(&mut self, flops_per_second: Option<f64>, plan: &Plan) {
+        let Some(peak) = flops_per_second else { return };
+        self.peak_gflops = Some(peak / 1e9);
+        let bytes = |step| cost::step_bytes(plan, step, Element::F32);
+        self.bytes_moved = Some(plan.steps.iter().map(bytes).sum());
+        if self.compute_ms.is_some() {
+            self.set_roofline(Some(2.0 * self.gmacs * 1e9 / peak * 1e3));
+        }
+    }
+
+    fn set_roofline(&mut self, bound_ms: Option<f64>) {
+        let median = self.compute_ms.map(|latency| latency.median);
+        self.roofline_share = bound_ms.zip(median).map(|(bound, median)| bound / median);
+        self.roofline_ms = bound_ms;
     }
 }
 

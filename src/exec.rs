@@ -276,6 +276,23 @@ impl Training {
         self.backend.write_counters(counters)
     }
 
+    /// Sets the weight of each class in the loss, C values, which are all 1 otherwise: the loss is then
+    /// the weighted mean, sum of w_t times the cross-entropy over sum of w_t.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for another number of weights, or one that is negative or not finite; what the
+    /// device says.
+    pub fn set_class_weights(&mut self, weights: &[f32]) -> Result<()> {
+        let classes = self.plan.logits.shape.c;
+        let usable = |w: &f32| w.is_finite() && *w >= 0.0;
+        if weights.len() != classes || !weights.iter().all(usable) {
+            return Err(Error::Usage(format!(
+                "class weights: expected {classes} finite values, none negative, found {weights:?}"
+            )));
+        }
+        self.backend.write_class_weights(weights)
+    }
+
     fn launch(&mut self, input: &[f32], labels: &[u8]) -> Result<()> {
         self.backend.write(&self.plan.input, input)?;
         self.backend.write_labels(labels)?;

@@ -202,14 +202,19 @@ pub struct CardPrediction {
     pub roofline_fps: f64,
     /// The same with the blocks' expanded tensors in 8 bits, which nothing chooses by itself; of
     /// half precision only.
-    pub expanded_bytes: Option<BytesPrediction>,
+    pub expanded_bytes: Option<Alternative>,
+    /// The same with stage 3 in one cooperative launch, which only a measurement chooses
+    /// ([`choice::MEASURED`]); none for a network whose blocks that kernel cannot take.
+    pub persistent: Option<Alternative>,
 }
 
-/// What the cost model says where expanded tensors are kept in 8 bits.
+/// What the cost model says of a way that it does not choose by itself.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct BytesPrediction {
-    /// The variants that the model prefers then.
+pub struct Alternative {
+    /// The variants.
     pub variants: String,
+    /// Kernel launches and cuBLAS calls.
+    pub commands: usize,
     /// Bytes that the commands move, in millions.
     pub megabytes: f64,
     /// Microseconds at the card's peaks, without any cost per launch.
@@ -237,6 +242,8 @@ pub fn predict(
         Element::F16 => predict_bytes(model, size, card)?,
         Element::F32 => None,
     };
+    let persistent = choice::by_model_persistent(&plan, element, card)?
+        .map(|(choice, costs, total)| Alternative::new(choice.variants, &costs, total));
     let mut classes = by_class(&costs, card, choice.graphs);
     classes.sort_by(|a, b| b.predicted_us.total_cmp(&a.predicted_us));
     let input = plan.input.shape;
@@ -257,7 +264,20 @@ pub fn predict(
         predicted_fps: batch as f64 / total.expected,
         roofline_fps: batch as f64 / total.roofline,
         expanded_bytes,
+        persistent,
     })
+}
+
+impl Alternative {
+    fn new(variants: Variants, costs: &[CommandCost], total: Prediction) -> Self {
+        Alternative {
+            variants: variants.to_string(),
+            commands: cost::launches(costs),
+            megabytes: megabytes(costs),
+            roofline_us: total.roofline * 1e6,
+            predicted_us: total.expected * 1e6,
+        }
+    }
 }
 
 /// The prediction with expanded tensors in 8 bits; none for a network without such blocks.
@@ -265,18 +285,13 @@ fn predict_bytes(
     model: &Model,
     size: (usize, usize, usize),
     card: &Card,
-) -> Result<Option<BytesPrediction>> {
+) -> Result<Option<Alternative>> {
     let bytes = Variants { expanded: Expanded::Bytes, ..Variants::default() };
     let wanted = (PlaneLayout::Dense, choice::rewrites(bytes));
     let (plan, _) = exec::plan_inference(model, wanted, size, Mode::Labels)?;
     let (choice, costs, total) = choice::by_model(&plan, Element::F16, card)?;
     let any = costs.iter().any(|cost| cost.kernel.ends_with("_u8"));
-    Ok(any.then(|| BytesPrediction {
-        variants: choice.variants.to_string(),
-        megabytes: megabytes(&costs),
-        roofline_us: total.roofline * 1e6,
-        predicted_us: total.expected * 1e6,
-    }))
+    Ok(any.then(|| Alternative::new(choice.variants, &costs, total)))
 }
 
 fn megabytes(costs: &[CommandCost]) -> f64 {

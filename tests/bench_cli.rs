@@ -40,10 +40,17 @@ fn the_json_holds_the_keys_that_others_read() {
     assert!((fps - 2000.0 / latency("mean")).abs() < 1e-6 * fps, "{fps}");
     assert!(report["gmacs"].as_f64().unwrap() > 0.0);
     assert!(report["arena_bytes"].as_u64().unwrap() > 0);
-    // A CPU runs operators: there are no launches to count and no data sheet to compare with.
-    for key in ["launches", "gemms", "bytes_moved", "roofline_share", "device_bytes", "layers"] {
+    // A CPU runs operators: there are no launches to count.
+    for key in ["launches", "gemms", "graph", "device_bytes", "layers"] {
         assert!(report[key].is_null(), "{key}: {}", report[key]);
     }
+    // In the place of a data sheet what its units do on registers alone.
+    let number = |key: &str| report[key].as_f64().unwrap();
+    let bound = 2.0 * number("gmacs") / number("peak_gflops") * 1e3;
+    assert!((number("roofline_ms") - bound).abs() < 1e-9 * bound, "{report}");
+    let share = bound / report["compute_ms"]["median"].as_f64().unwrap();
+    assert!((number("roofline_share") - share).abs() < 1e-9, "{report}");
+    assert!(share > 0.0 && number("bytes_moved") > 1e5, "{report}");
 }
 
 #[test]

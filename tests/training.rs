@@ -16,7 +16,7 @@ use fpenet::backend::DeviceChoice;
 use fpenet::data::DatasetKind;
 use fpenet::model::Model;
 use fpenet::train::{
-    Checkpoint, EpochRecord, Observer, Outcome, Request, RunState, StepReport, train,
+    Checkpoint, ClassWeights, EpochRecord, Observer, Outcome, Request, RunState, StepReport, train,
 };
 use image::{GrayImage, Luma, Rgb, RgbImage};
 use rand::{RngExt, SeedableRng};
@@ -398,11 +398,12 @@ fn damaged_checkpoints_are_named_and_left_alone() {
 #[test]
 fn a_run_is_neither_overwritten_nor_resumed_with_other_settings() {
     let before = fs::read(reference().join("checkpoint.safetensors")).unwrap();
-    let cases: [(&[&str], &str); 4] = [
+    let cases: [(&[&str], &str); 5] = [
         (&[], "--resume"),
         (&["--resume", "--lr", "0.001"], "--lr"),
         (&["--resume", "--q", "2"], "config q"),
         (&["--resume", "--no-flip"], "--no-flip"),
+        (&["--resume", "--class-weights", "log"], "--class-weights"),
     ];
     for (options, named) in cases {
         let output = bare_command(reference()).args(options).output().unwrap();
@@ -417,12 +418,13 @@ fn a_run_is_neither_overwritten_nor_resumed_with_other_settings() {
 fn mistakes_are_usage_errors_and_leave_no_run() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("run");
-    let cases: [(&[&str], &str); 5] = [
+    let cases: [(&[&str], &str); 6] = [
         (&["--classes", "19"], "expected 11"),
         (&["--resume"], "none"),
         (&["--epochs", "0"], "--epochs"),
         (&["--splits", "train,train"], "twice"),
         (&["--scale", "2,1"], "--scale"),
+        (&["--class-weights", "enet"], "--class-weights"),
     ];
     for (options, named) in cases {
         let output = command(&out).args(options).output().unwrap();
@@ -448,6 +450,52 @@ fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint() {
     if kept.exists() {
         Checkpoint::load(&kept).unwrap().params.check_finite().unwrap();
     }
+}
+
+/// Weights are counted once, kept in the checkpoint, and decide the result.
+#[test]
+fn class_weights_are_kept_and_a_run_with_them_continues_bit_for_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let weighted = |name: &str, way| {
+        let mut request = request(&folder.path().join(name));
+        request.epochs = Some(2);
+        request.val_split = Some("none".into());
+        request.class_weights = Some(way);
+        request
+    };
+    let state = |request: &Request| {
+        Checkpoint::load(&request.out.join("checkpoint.safetensors")).unwrap().state
+    };
+    let whole = weighted("whole", ClassWeights::Log);
+    run(&whole);
+    let kept = state(&whole).class_weights;
+    assert_eq!(kept.len(), 11);
+    // Road is everywhere; classes that the pictures do not show keep 1.
+    let road = kept[state(&whole).classes.iter().position(|c| c == "Road").unwrap()];
+    assert!(road < 1.0 && kept.iter().any(|&w| w > 1.5) && kept.contains(&1.0), "{kept:?}");
+
+    let mut parts = weighted("parts", ClassWeights::Log);
+    let stop = AtomicBool::new(false);
+    train(&parts, &stop, &mut StopAt { steps: &[1], stop: &stop }).unwrap();
+    (parts.resume, parts.class_weights) = (true, None);
+    run(&parts);
+    assert!(bits(&whole.out) == bits(&parts.out));
+    assert_eq!(state(&parts).class_weights, kept);
+
+    for (name, way) in [("none", ClassWeights::None), ("median", ClassWeights::MedianFrequency)] {
+        let other = weighted(name, way);
+        run(&other);
+        assert_eq!(state(&other).class_weights.is_empty(), way == ClassWeights::None);
+        assert!(bits(&whole.out) != bits(&other.out), "{name}");
+    }
+
+    // Without its weights the run would go on as another one.
+    let path = whole.out.join("checkpoint.safetensors");
+    let mut checkpoint = Checkpoint::load(&path).unwrap();
+    checkpoint.state.class_weights.clear();
+    checkpoint.save(&path).unwrap();
+    let words = Checkpoint::load(&path).err().unwrap().to_string();
+    assert!(words.contains("checkpoint.safetensors") && words.contains("class weights"), "{words}");
 }
 
 #[test]

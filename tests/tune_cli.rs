@@ -57,6 +57,11 @@ fn a_dry_run_predicts_three_cards_and_calls_it_a_prediction() {
         // Between the roofline and a fiftieth of it, whatever the variants.
         assert!(number("predicted_fps") < number("roofline_fps"), "{prediction}");
         assert!(number("predicted_fps") > number("roofline_fps") / 50.0, "{prediction}");
+        // Shown, and not chosen: nobody has measured what its barriers cost.
+        assert!(!prediction["variants"].as_str().unwrap().contains("persistent"), "{prediction}");
+        let together = &prediction["persistent"];
+        assert!(together["variants"].as_str().unwrap().contains("stage3=persistent"));
+        assert!(together["commands"].as_u64() < prediction["commands"].as_u64(), "{prediction}");
         let classes = prediction["classes"].as_array().unwrap();
         let sum: f64 = classes.iter().map(|class| class["predicted_us"].as_f64().unwrap()).sum();
         assert!((sum / number("predicted_us") - 1.0).abs() < 1e-6, "{sum}");

@@ -220,6 +220,10 @@ pub trait Backend: Send {
     /// Labels of the batch for the loss, N x H x W; 255 and any value not below C are ignored.
     fn write_labels(&mut self, labels: &[u8]) -> Result<()>;
 
+    /// Weights of the first classes in the loss; all are 1 from [`Backend::prepare`] on. Takes effect with
+    /// the labels that are written next.
+    fn write_class_weights(&mut self, weights: &[f32]) -> Result<()>;
+
     /// Whether step `index` has no command of its own because an earlier step's does its work as well:
     /// what lies between the two need not exist.
     fn within_another(&self, index: usize) -> bool {
@@ -242,7 +246,8 @@ pub trait Backend: Send {
     /// Loss of the forward pass and gradients of all parameters; a training plan only.
     fn backward(&mut self, plan: &Plan) -> Result<()>;
 
-    /// Mean cross-entropy of the last [`Backend::backward`]; waits for the device.
+    /// Cross-entropy of the last [`Backend::backward`], the (weighted) mean over labelled pixels; waits
+    /// for the device.
     fn loss(&mut self) -> Result<f32> {
         Ok(self.counters()?.loss)
     }
@@ -292,6 +297,12 @@ pub trait Backend: Send {
     /// plan of labels with the commands that make them.
     fn work(&self, plan: &Plan) -> Option<Work> {
         let _ = plan;
+        None
+    }
+
+    /// Floating-point operations per second that the device reaches at most, measured now on all its
+    /// threads; none of a device that has a data sheet, or is none.
+    fn peak_flops(&self) -> Option<f64> {
         None
     }
 

@@ -160,6 +160,7 @@ fn infer(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     report.copies_included = args.argmax || args.include_copies;
     report.set_choice(chosen.as_ref());
     report.set_work(inference.backend().work(inference.plan()));
+    report.set_peak(inference.backend().peak_flops(), inference.plan());
     if args.profile {
         report.layers = Some(profile(&mut inference, job, &input, args.device.precision)?);
     }
@@ -282,6 +283,7 @@ fn report(
         gemms: None,
         graph: None,
         bytes_moved: None,
+        peak_gflops: None,
         roofline_ms: None,
         roofline_share: None,
         device_bytes: None,
@@ -324,6 +326,16 @@ fn finish(args: &Args, job: &Job, report: &Report) -> anyhow::Result<()> {
         )?;
     }
     commands(report)?;
+    if let (Some(peak), Some(bytes), Some(bound), Some(share)) =
+        (report.peak_gflops, report.bytes_moved, report.roofline_ms, report.roofline_share)
+    {
+        say!(
+            "roofline    {bound:.3} ms at {peak:.0} GFLOP/s, measured on registers alone; reached \
+             {:.1} %; {:.1} MB moved (counted)",
+            share * 100.0,
+            bytes as f64 / 1e6
+        )?;
+    }
     let mib = |bytes: Option<u64>| match bytes {
         Some(bytes) => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
         None => "unknown".into(),

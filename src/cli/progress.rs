@@ -117,6 +117,11 @@ impl Observer for Progress {
         self.line(&format!(
             "normalisation: mean {r:.4} {g:.4} {b:.4}, deviation {sr:.4} {sg:.4} {sb:.4}"
         ));
+        if !start.state.class_weights.is_empty() {
+            let named = start.state.classes.iter().zip(&start.state.class_weights);
+            let named: Vec<String> = named.map(|(name, w)| format!("{name} {w:.2}")).collect();
+            self.line(&format!("class weights: {}", named.join(", ")));
+        }
         if start.state.step > 0 {
             self.line(&format!(
                 "resuming after {} epochs and {} updates of the next",

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use fpenet::Error;
 use fpenet::data::DatasetKind;
-use fpenet::train::{Request, Runtime, train};
+use fpenet::train::{ClassWeights, Request, Runtime, train};
 use serde_json::{Map, Value, json};
 
 use super::args::{ConfigArgs, DeviceArgs, Size, positive};
@@ -59,6 +59,9 @@ pub struct Args {
     /// Model file to start from [default: random initialisation]
     #[arg(long, value_name = "FILE")]
     pub init_from: Option<PathBuf>,
+    /// Weights of the classes in the loss, from how often they occur [default: none]
+    #[arg(long, value_enum, value_name = "WAY")]
+    pub class_weights: Option<ClassWeights>,
     /// Largest rotation [default: 10]
     #[arg(long, value_name = "DEGREES", help_heading = "Augmentation")]
     pub rotation: Option<f32>,
@@ -143,6 +146,7 @@ fn request(args: Args) -> Request {
         scale: args.scale,
         colour: args.colour,
         flip: args.no_flip.then_some(false),
+        class_weights: args.class_weights,
         init_from: args.init_from,
         runtime: Runtime {
             device: args.device.device,

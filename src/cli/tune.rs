@@ -185,13 +185,21 @@ fn print(prediction: &CardPrediction) -> anyhow::Result<()> {
         prediction.predicted_fps,
         prediction.roofline_fps
     )?;
-    if let Some(bytes) = &prediction.expanded_bytes {
+    let others = [
+        (
+            "the expanded tensors in 8 bits (--expanded bytes, never chosen here)",
+            &prediction.expanded_bytes,
+        ),
+        ("stage 3 in one cooperative launch (chosen by measurement only)", &prediction.persistent),
+    ];
+    for (what, other) in others {
+        let Some(other) = other else { continue };
         say!(
-            "with the expanded tensors in 8 bits (--expanded bytes, never chosen here): {:.2} MB, \
-             roofline {:.1} us, predicted {:.1} us",
-            bytes.megabytes,
-            bytes.roofline_us,
-            bytes.predicted_us
+            "with {what}: {} launches, {:.2} MB, roofline {:.1} us, predicted {:.1} us",
+            other.commands,
+            other.megabytes,
+            other.roofline_us,
+            other.predicted_us
         )?;
     }
     Ok(())

@@ -1,8 +1,10 @@
-//! The loss: softmax cross-entropy, mean over labelled pixels (SPEC, "Training defaults").
+//! The loss: softmax cross-entropy, mean over labelled pixels (SPEC, "Training defaults"), on request
+//! weighted by class.
 //!
-//! With z the logits of a pixel of class t, M labelled pixels and p = softmax(z):
-//!   loss = 1 / M * sum over labelled pixels of (log sum_c exp(z_c) - z_t)
-//!   dz_c = (p_c - [c = t]) / M, and 0 for pixels without a label.
+//! With z the logits of a pixel of class t, w_t the weight of that class, M = sum of w_t over labelled
+//! pixels (their number where all weights are 1) and p = softmax(z):
+//!   loss = 1 / M * sum over labelled pixels of w_t * (log sum_c exp(z_c) - z_t)
+//!   dz_c = (p_c - [c = t]) * w_t / M, and 0 for pixels without a label.
 
 use rayon::prelude::*;
 
@@ -15,14 +17,26 @@ pub const VOID: u8 = 255;
 /// Pixels of one task; their partial losses are added in order, whatever the threads.
 const CHUNK: usize = 2048;
 
-/// Mean cross-entropy of `logits` (N x C x H x W) against `labels` (N x H x W), and its gradient.
-/// Without a labelled pixel loss and gradient are zero.
-pub fn forward_backward(logits: View, labels: &[u8], dlogits: ViewMut) -> f32 {
+/// Sum of the weights of all labelled pixels, M above; 1 where it is 0, so that nothing is divided by
+/// zero. `weights` as in [`forward_backward`].
+pub fn total_weight(labels: &[u8], classes: usize, weights: &[f32]) -> f64 {
+    let mut counts = [0u64; 256];
+    labels.iter().for_each(|&label| counts[usize::from(label)] += 1);
+    let weight = |class: usize| f64::from(weights.get(class).copied().unwrap_or(1.0));
+    let total: f64 = (0..classes).map(|class| counts[class] as f64 * weight(class)).sum();
+    if total > 0.0 { total } else { 1.0 }
+}
+
+/// Mean cross-entropy of `logits` (N x C x H x W, at most 255 classes) against `labels` (N x H x W),
+/// and its gradient; `weights` are those of the first classes, the rest is 1. Without a labelled
+/// pixel, or with one of weight 0 alone, loss and gradient are zero.
+pub fn forward_backward(logits: View, labels: &[u8], weights: &[f32], dlogits: ViewMut) -> f32 {
     let shape = logits.shape();
     let pixels = shape.plane();
     assert_eq!(labels.len(), shape.n * pixels);
-    let labelled = labels.par_iter().filter(|&&l| usize::from(l) < shape.c).count();
-    let scale = 1.0 / labelled.max(1) as f32;
+    let weight = |class: usize| weights.get(class).copied().unwrap_or(1.0);
+    let total = total_weight(labels, shape.c, weights);
+    let inverse = 1.0 / total as f32;
     let chunks = pixels.div_ceil(CHUNK);
     let losses: Vec<f64> = (0..shape.n * chunks)
         .into_par_iter()
@@ -55,16 +69,18 @@ pub fn forward_backward(logits: View, labels: &[u8], dlogits: ViewMut) -> f32 {
                     if let Some(class) = Some(usize::from(label)).filter(|&l| l < shape.c) {
                         let z = logits.plane(n, class)[start + i];
                         // max - z first: it is often 0, where ln(sum) + max would lose digits.
-                        loss += f64::from(sum[i].ln() + (max[i] - z));
-                        sum[i] = scale / sum[i];
+                        let weight = weight(class);
+                        loss += f64::from(weight) * f64::from(sum[i].ln() + (max[i] - z));
+                        sum[i] = inverse * weight / sum[i];
                     } else {
                         sum[i] = 0.0;
                     }
                 }
                 for c in 0..shape.c {
                     let e = unsafe { dlogits.pixels_mut(n, c, range.clone()) };
+                    let share = inverse * weight(c);
                     for ((e, &s), &label) in e.iter_mut().zip(&*sum).zip(labels) {
-                        let target = if usize::from(label) == c { scale } else { 0.0 };
+                        let target = if usize::from(label) == c { share } else { 0.0 };
                         *e = *e * s - target;
                     }
                 }
@@ -72,7 +88,7 @@ pub fn forward_backward(logits: View, labels: &[u8], dlogits: ViewMut) -> f32 {
             })
         })
         .collect();
-    (losses.iter().sum::<f64>() / labelled.max(1) as f64) as f32
+    (losses.iter().sum::<f64>() / total) as f32
 }
 
 /// exp(x) for x <= 0 within 2 units in the last place; 0 below -87; NaN stays NaN.
@@ -105,8 +121,8 @@ mod tests {
     use crate::ops::testing::*;
     use rand::RngExt;
 
-    /// Mean over labelled pixels, as a 1 x 1 x 1 x 1 tensor.
-    fn naive(logits: &T64, labels: &[u8]) -> T64 {
+    /// Weighted mean over labelled pixels, as a 1 x 1 x 1 x 1 tensor.
+    fn naive(logits: &T64, labels: &[u8], weights: &[f32]) -> T64 {
         let s = logits.shape;
         let (mut sum, mut count) = (0.0, 0.0);
         for (i, &label) in labels.iter().enumerate().filter(|(_, l)| usize::from(**l) < s.c) {
@@ -114,10 +130,11 @@ mod tests {
             let z = |c: usize| logits.at(n, c, p / s.w, p % s.w);
             let max = (0..s.c).map(z).fold(f64::MIN, f64::max);
             let total: f64 = (0..s.c).map(|c| (z(c) - max).exp()).sum();
-            sum += total.ln() + max - z(usize::from(label));
-            count += 1.0;
+            let weight = weights.get(usize::from(label)).map_or(1.0, |&w| f64::from(w));
+            sum += weight * (total.ln() + max - z(usize::from(label)));
+            count += weight;
         }
-        T64::collect(std::iter::once(sum / f64::max(count, 1.0)))
+        T64::collect(std::iter::once(if count > 0.0 { sum / count } else { 0.0 }))
     }
 
     /// Labels of all classes, with some void and some other value outside the classes.
@@ -140,14 +157,18 @@ mod tests {
         for (i, shape) in shapes.into_iter().enumerate() {
             let logits = [T64::random(shape, &mut rng(50)).map(|v| 5.0 * v)];
             let labels = labels(shape, 51 + i as u64);
-            let f = |x: &[T64]| naive(&x[0], &labels);
-            let one = T64::collect(std::iter::once(1.0));
-            let gradient = central_difference(f, &logits, 0, &one);
-            for layout in LAYOUTS {
+            // All alike; all given, one of them zero; only the first given.
+            let given: Vec<f32> = (0..shape.c).map(|c| 0.7 * c as f32).collect();
+            for (weights, layout) in
+                [&[], &given[..], &[3.5]].into_iter().flat_map(|w| LAYOUTS.map(|l| (w, l)))
+            {
+                let f = |x: &[T64]| naive(&x[0], &labels, weights);
+                let one = T64::collect(std::iter::once(1.0));
+                let gradient = central_difference(f, &logits, 0, &one);
                 let z = Buffer::new(&logits[0], layout);
                 let mut dz = Buffer::unwritten(shape, layout);
-                let loss = forward_backward(z.view(), &labels, dz.view_mut());
-                let what = format!("{shape}, {layout:?}");
+                let loss = forward_backward(z.view(), &labels, weights, dz.view_mut());
+                let what = format!("{shape}, {layout:?}, weights {weights:?}");
                 // Absolute below 1: 1 + exp(z - max) rounds at 6e-8 however small the loss.
                 let error = (f64::from(loss) - f(&logits).data[0]).abs();
                 assert!(error <= FORWARD * f64::from(loss).max(1.0), "{what}: {error:e}");
@@ -164,6 +185,39 @@ mod tests {
         }
     }
 
+    /// torch.nn.functional.cross_entropy(z, t, weight=[0.5, 2, 3], ignore_index=255) in f64.
+    #[test]
+    fn the_weighted_loss_is_pytorchs() {
+        let shape = Shape::new(1, 3, 1, 4);
+        let z = [1.0, 0.0, 2.0, 0.25, 2.0, -1.0, 2.0, 1.5, 0.5, 3.0, 2.0, -0.75];
+        let mut dz = [f32::NAN; 12];
+        let view = ViewMut::dense(&mut dz, shape);
+        let labels = [0, 2, VOID, 1];
+        let loss = forward_backward(View::dense(&z, shape), &labels, &[0.5, 2.0, 3.0], view);
+        assert!((f64::from(loss) - 0.289_305_694_934_674_2).abs() < 1e-7, "{loss}");
+        let expected = [
+            [-0.069_888_737, 0.025_425_067, 0.0, 0.074_849_674],
+            [0.057_139_247, 0.009_353_359, 0.0, -0.102_385_33],
+            [0.012_749_489, -0.034_778_426, 0.0, 0.027_535_656],
+        ];
+        for (found, expected) in dz.iter().zip(expected.as_flattened()) {
+            assert!((found - expected).abs() < 1e-7f32, "{dz:?}");
+        }
+    }
+
+    #[test]
+    fn weights_of_one_change_no_bit() {
+        let shape = Shape::new(2, 5, 7, 9);
+        let labels = labels(shape, 55);
+        let z = Buffer::new(&T64::random(shape, &mut rng(56)), LAYOUTS[1]);
+        let run = |weights: &[f32]| {
+            let mut dz = Buffer::unwritten(shape, LAYOUTS[1]);
+            let loss = forward_backward(z.view(), &labels, weights, dz.view_mut());
+            (loss.to_bits(), dz.read().f32().iter().map(|v| v.to_bits()).collect::<Vec<_>>())
+        };
+        assert_eq!(run(&[]), run(&[1.0; 5]));
+    }
+
     #[test]
     fn planes_longer_than_a_task() {
         let shape = Shape::new(2, 3, 47, 61);
@@ -172,8 +226,8 @@ mod tests {
         let labels = labels(shape, 61);
         let z = Buffer::new(&logits, LAYOUTS[1]);
         let mut dz = Buffer::unwritten(shape, LAYOUTS[1]);
-        let loss = forward_backward(z.view(), &labels, dz.view_mut());
-        assert_close("loss", &T64::vector(&[loss]), &naive(&logits, &labels), FORWARD);
+        let loss = forward_backward(z.view(), &labels, &[], dz.view_mut());
+        assert_close("loss", &T64::vector(&[loss]), &naive(&logits, &labels, &[]), FORWARD);
         // Softmax sums to 1: the gradient of each pixel sums to 0, up to f32 of 1 / M.
         let dz = dz.read();
         for (n, p) in (0..2).flat_map(|n| (0..shape.plane()).map(move |p| (n, p))) {
@@ -187,8 +241,10 @@ mod tests {
         let shape = Shape::new(1, 3, 5, 7);
         let z = Buffer::new(&T64::random(shape, &mut rng(62)), LAYOUTS[0]);
         let mut dz = Buffer::unwritten(shape, LAYOUTS[0]);
-        assert_eq!(forward_backward(z.view(), &[VOID; 35], dz.view_mut()), 0.0);
-        assert!(dz.read().data.iter().all(|&v| v == 0.0));
+        for (label, weights) in [(VOID, [1.0; 3]), (1, [1.0, 0.0, 1.0])] {
+            assert_eq!(forward_backward(z.view(), &[label; 35], &weights, dz.view_mut()), 0.0);
+            assert!(dz.read().data.iter().all(|&v| v == 0.0), "label {label}");
+        }
     }
 
     #[test]
@@ -197,7 +253,7 @@ mod tests {
         let loss = |z: [f32; 3], label| {
             let mut dz = [f32::NAN; 3];
             let view = ViewMut::dense(&mut dz, shape);
-            let loss = forward_backward(View::dense(&z, shape), &[label], view);
+            let loss = forward_backward(View::dense(&z, shape), &[label], &[], view);
             (loss, dz)
         };
         assert_eq!(loss([1e4, -1e4, 0.0], 0), (0.0, [0.0, 0.0, 0.0]));

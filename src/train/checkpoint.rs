@@ -16,6 +16,7 @@ use safetensors::tensor::{Dtype, View};
 use safetensors::{SafeTensors, serialize};
 use serde::{Deserialize, Serialize};
 
+use super::class_weights::ClassWeights;
 use super::history::EpochRecord;
 use super::protocol::Protocol;
 use crate::backend::LossScaling;
@@ -37,6 +38,9 @@ pub struct RunState {
     pub classes: Vec<String>,
     /// Class colours.
     pub palette: Vec<[u8; 3]>,
+    /// Weight of each class in the loss; none where all count alike.
+    #[serde(default)]
+    pub class_weights: Vec<f32>,
     /// Channel means of the training images (RGB, 0 to 1).
     pub mean: [f32; 3],
     /// Channel deviations of the training images.
@@ -167,6 +171,14 @@ impl Checkpoint {
         let state = entry("state").ok_or_else(|| damaged("no `state` in the metadata".into()))?;
         let state: RunState = serde_json::from_str(state)
             .map_err(|e| damaged(format!("an unreadable state ({e})")))?;
+        let weights = match state.protocol.class_weights {
+            ClassWeights::None => 0,
+            _ => state.classes.len(),
+        };
+        if state.class_weights.len() != weights {
+            let found = state.class_weights.len();
+            return Err(damaged(format!("{found} class weights instead of {weights}")));
+        }
 
         let specs = Graph::fpenet(&state.protocol.config)
             .map_err(|e| damaged(format!("an invalid configuration ({e})")))?

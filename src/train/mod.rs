@@ -10,6 +10,7 @@
 //! checkpoint and writes the same files again.
 
 pub mod checkpoint;
+pub mod class_weights;
 pub mod history;
 pub mod log;
 pub mod observer;
@@ -22,6 +23,7 @@ pub mod statistics;
 pub mod validate;
 
 pub use checkpoint::{Checkpoint, RunState};
+pub use class_weights::ClassWeights;
 pub use history::{EpochRecord, Validation};
 pub use observer::{Observer, Start, StepReport};
 pub use protocol::{Protocol, Request, Runtime};

@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::class_weights::ClassWeights;
 use crate::backend::{self, Backend, DeviceChoice, Precision};
 use crate::config::ModelConfig;
 use crate::data::DatasetKind;
@@ -48,6 +49,8 @@ pub struct Request {
     pub colour: Option<f32>,
     /// Random horizontal flips; on by default.
     pub flip: Option<bool>,
+    /// Weights of the classes in the loss; none by default, as in the paper.
+    pub class_weights: Option<ClassWeights>,
     /// Configuration keys given explicitly, by their names in the SPEC's JSON.
     pub config: Map<String, Value>,
     /// Model file to start from instead of a random initialisation.
@@ -126,6 +129,7 @@ impl Request {
             scale: None,
             colour: None,
             flip: None,
+            class_weights: None,
             config: Map::new(),
             init_from: None,
             runtime: Runtime::default(),
@@ -164,6 +168,9 @@ pub struct Protocol {
     pub colour: f32,
     /// Random horizontal flips.
     pub flip: bool,
+    /// Weights of the classes in the loss.
+    #[serde(default)]
+    pub class_weights: ClassWeights,
     /// Network.
     pub config: ModelConfig,
 }
@@ -206,6 +213,7 @@ impl Protocol {
             scale: request.scale.unwrap_or((0.5, 1.75)),
             colour: request.colour.unwrap_or(0.0),
             flip: request.flip.unwrap_or(true),
+            class_weights: request.class_weights.unwrap_or_default(),
             config: with_overrides(&base, &request.config)?,
         };
         protocol.validate()?;
@@ -287,6 +295,8 @@ impl Protocol {
         compare("--scale", request.scale.map(json), json(self.scale));
         compare("--colour", request.colour.map(json), json(self.colour));
         compare("--no-flip", request.flip.map(json), json(self.flip));
+        let weights = self.class_weights;
+        compare("--class-weights", request.class_weights.map(json), json(weights));
         let kept = json(&self.config);
         for (key, asked) in &request.config {
             compare(&format!("config {key}"), Some(asked.clone()), kept[key].clone());

@@ -68,6 +68,9 @@ pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) 
     let counters =
         Counters { loss_sum: state.loss_sum, scaling: state.scaling, ..Counters::default() };
     training.set_counters(counters)?;
+    if !state.class_weights.is_empty() {
+        training.set_class_weights(&state.class_weights)?;
+    }
     let image_size = data.working_size()?;
     let loader = Loader::new(
         Arc::new(data),

@@ -123,10 +123,12 @@ pub(super) fn begin(request: &Request) -> Result<Prepared> {
             (model.params, statistics::mean_and_std(&data)?)
         }
     };
+    let class_weights = protocol.class_weights.of(&data)?;
     let (_, trainable) = crate::graph::params::flat_len(&params.specs);
     let state = RunState {
         classes: data.classes.clone(),
         palette: data.palette.clone(),
+        class_weights,
         mean,
         std,
         images: data.samples.len(),

@@ -7,7 +7,7 @@ use rayon::ThreadPool;
 use rayon::prelude::*;
 
 use super::simd::Isa;
-use super::{backward, forward};
+use super::{backward, forward, peak};
 use crate::backend::{AdamStep, Backend, Counters, Images, State};
 use crate::error::{Error, Result};
 use crate::graph::passes::Rewrites;
@@ -26,6 +26,7 @@ pub struct CpuBackend {
     moment1: Vec<f32>,
     moment2: Vec<f32>,
     labels: Vec<u8>,
+    class_weights: Vec<f32>,
     counters: Counters,
 }
 
@@ -90,6 +91,7 @@ impl CpuBackend {
             moment1: Vec::new(),
             moment2: Vec::new(),
             labels: Vec::new(),
+            class_weights: Vec::new(),
             counters: Counters::default(),
         })
     }
@@ -172,6 +174,7 @@ impl Backend for CpuBackend {
             *self.state(state) = vec![0.0; trained];
         }
         self.labels.clear();
+        self.class_weights.clear();
         self.counters = Counters::default();
         Ok(())
     }
@@ -240,6 +243,11 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn write_class_weights(&mut self, weights: &[f32]) -> Result<()> {
+        self.class_weights = weights.to_vec();
+        Ok(())
+    }
+
     fn forward_step(&mut self, plan: &Plan, index: usize) -> Result<()> {
         let pool = Arc::clone(&self.pool);
         pool.install(|| forward::run(self, plan, index..index + 1));
@@ -285,7 +293,8 @@ impl Backend for CpuBackend {
             let base = self.arena.base();
             let logits = unsafe { super::View::of(base, &plan.logits) };
             let gradient = unsafe { super::ViewMut::of(base, &grad_logits) };
-            let loss = cross_entropy::forward_backward(logits, &self.labels, gradient);
+            let weights = &self.class_weights;
+            let loss = cross_entropy::forward_backward(logits, &self.labels, weights, gradient);
             self.counters.loss = loss;
             self.counters.loss_sum += f64::from(loss);
             for step in plan.steps.iter().rev() {
@@ -320,6 +329,10 @@ impl Backend for CpuBackend {
             *w -= rate * *m / (v.sqrt() * root + step.eps);
         }
         Ok(())
+    }
+
+    fn peak_flops(&self) -> Option<f64> {
+        Some(peak::flops_per_second(self.isa, &self.pool))
     }
 
     fn synchronize(&mut self) -> Result<()> {

@@ -5,6 +5,7 @@ mod backward;
 pub mod depthwise;
 mod forward;
 pub mod gemm;
+pub mod peak;
 pub mod planes;
 pub mod scratch;
 pub mod simd;

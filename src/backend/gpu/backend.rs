@@ -296,9 +296,11 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             trainable_len: plan.trainable_len,
             pixels,
             classes: plan.logits.shape.c,
+            class_weights: Vec::new(),
             labels_written: false,
             reserved_bytes,
         });
+        self.write_class_weights(&[])?;
         self.write_counters(Counters::default())
     }
 
@@ -411,19 +413,19 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
 
     fn write_labels(&mut self, labels: &[u8]) -> Result<()> {
         let (device, prepared) = self.parts()?;
-        if labels.len() != prepared.pixels {
-            return Err(Error::Shape {
-                node: "labels".into(),
-                expected: format!("{} labels", prepared.pixels),
-                found: format!("{}", labels.len()),
-            });
-        }
-        let labelled = labels.iter().filter(|&&l| usize::from(l) < prepared.classes).count();
-        let inverse = 1.0 / labelled.max(1) as f32;
+        let inverse = prepared.inverse_total(labels)?;
         device.upload(prepared.memory.labels.into(), labels)?;
-        device.upload(control::inverse_count(prepared.memory.control), &inverse.to_ne_bytes())?;
+        device.upload(control::inverse_total(prepared.memory.control), &inverse.to_ne_bytes())?;
         prepared.labels_written = true;
         Ok(())
+    }
+
+    fn write_class_weights(&mut self, weights: &[f32]) -> Result<()> {
+        let (device, prepared) = self.parts()?;
+        prepared.class_weights = weights.to_vec();
+        let all = control::all_weights(weights);
+        let place = control::class_weights(prepared.memory.control);
+        device.upload(place, bytemuck::cast_slice(&all))
     }
 
     fn within_another(&self, index: usize) -> bool {

@@ -254,6 +254,17 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
 /// and so is what changes labels.
 pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 
+/// Choices that the cost model leaves to a measurement. What it would decide them by, the price of a
+/// barrier across the grid, is an assumption that no card has confirmed, and blocks that wait for each
+/// other hang where the driver does not keep all of them resident.
+pub const MEASURED: [(&str, &str); 1] = [("stage3", "persistent")];
+
+/// Whether a choice is one that only a measurement makes.
+fn measured_only(variants: Variants) -> bool {
+    let text = variants.to_string();
+    MEASURED.iter().any(|(key, value)| text.split(',').any(|item| item == format!("{key}={value}")))
+}
+
 /// The dimensions of this build.
 pub fn dimensions() -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
     let text = Variants::default().to_string();
@@ -355,7 +366,8 @@ pub fn work(
     Ok(cost::forward(plan, &program, element))
 }
 
-/// The choice that the cost model predicts to be fastest on a card, with its work and its prediction.
+/// The choice that the cost model predicts to be fastest on a card, with its work and its prediction;
+/// never one of [`MEASURED`].
 ///
 /// # Errors
 /// Those of [`lower::lower`].
@@ -364,12 +376,43 @@ pub fn by_model(
     element: Element,
     card: &Card,
 ) -> Result<(Choice, Vec<CommandCost>, Prediction)> {
+    let allowed = |variants, _: &[CommandCost]| !measured_only(variants);
+    cheapest(plan, element, card, start(plan, element), allowed)
+}
+
+/// The same with as much of stage 3 in one cooperative launch as the kernel takes; none where it takes
+/// nothing of it.
+///
+/// # Errors
+/// Those of [`lower::lower`].
+pub fn by_model_persistent(
+    plan: &Plan,
+    element: Element,
+    card: &Card,
+) -> Result<Option<(Choice, Vec<CommandCost>, Prediction)>> {
+    let start = changed(start(plan, element), "stage3", "persistent")?;
+    let together = |costs: &[CommandCost]| costs.iter().any(|cost| cost.behind_barrier);
+    if !together(&work(plan, element, card.shared_per_block, start)?) {
+        return Ok(None);
+    }
+    cheapest(plan, element, card, start, |_, costs| together(costs)).map(Some)
+}
+
+/// The cheapest by the model of what is `allowed`, climbing from `start`.
+fn cheapest(
+    plan: &Plan,
+    element: Element,
+    card: &Card,
+    start: Variants,
+    allowed: impl Fn(Variants, &[CommandCost]) -> bool,
+) -> Result<(Choice, Vec<CommandCost>, Prediction)> {
     let predict = |variants: Variants| -> Result<Option<f64>> {
         let costs = work(plan, element, card.shared_per_block, variants)?;
-        Ok(Some(cost::total(&costs, card, true).expected))
+        let expected = cost::total(&costs, card, true).expected;
+        Ok(allowed(variants, &costs).then_some(expected))
     };
     // A margin: the model is not good enough to leave the default for nothing.
-    let (variants, _) = climb(start(plan, element), 0.02, predict)?;
+    let (variants, _) = climb(start, 0.02, predict)?;
     let costs = work(plan, element, card.shared_per_block, variants)?;
     let graph = cost::total(&costs, card, true);
     let single = cost::total(&costs, card, false);

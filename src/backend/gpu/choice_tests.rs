@@ -176,6 +176,22 @@ fn the_model_never_chooses_what_it_holds_to_be_slower_than_the_plain_way() {
 }
 
 #[test]
+fn what_only_a_measurement_may_choose_is_tried_by_it_and_never_by_the_model() {
+    for (key, value) in MEASURED {
+        assert!(DIMENSIONS.iter().any(|(k, values)| *k == key && values.contains(&value)), "{key}");
+        assert!(measured_only(changed(Variants::default(), key, value).unwrap()));
+    }
+    assert!(!measured_only(Variants::default()) && !measured_only(Variants::PLAIN));
+    let plan = plan((1024, 512));
+    for card in &CARDS {
+        for element in [Element::F32, Element::F16] {
+            let (choice, ..) = by_model(&plan, element, card).unwrap();
+            assert!(!measured_only(choice.variants), "{} {choice:?}", card.id);
+        }
+    }
+}
+
+#[test]
 fn the_models_work_grows_with_the_pixels_and_its_time_no_faster() {
     let card = &CARDS[0];
     let at = |size| {

@@ -7,6 +7,9 @@ use bytemuck::{Pod, Zeroable};
 use super::device::{Buffer, Place};
 use crate::backend::{AdamStep, Counters, LossScaling};
 
+/// Values that a label can have, void and unused ones included.
+const LABELS: usize = 256;
+
 /// Bytes of the block.
 pub const BYTES: usize = size_of::<Control>();
 
@@ -41,9 +44,10 @@ struct Control {
     skip: i32,
     rate: f32,
     root: f32,
-    inverse_count: f32,
+    inverse_total: f32,
     hyper: Hyper,
     padding: i32,
+    class_weights: [f32; LABELS],
 }
 
 fn at(control: Buffer, byte_offset: usize) -> Place {
@@ -94,9 +98,19 @@ impl From<AdamStep> for Hyper {
     }
 }
 
-/// Where one over the number of labelled pixels is.
-pub fn inverse_count(control: Buffer) -> Place {
-    at(control, offset_of!(Control, inverse_count))
+/// Where one over the sum of the labelled pixels' weights is.
+pub fn inverse_total(control: Buffer) -> Place {
+    at(control, offset_of!(Control, inverse_total))
+}
+
+/// Where the classes' weights in the loss are.
+pub fn class_weights(control: Buffer) -> Place {
+    at(control, offset_of!(Control, class_weights))
+}
+
+/// Weights of all labels: those given, of the first classes, and 1.
+pub fn all_weights(given: &[f32]) -> [f32; LABELS] {
+    std::array::from_fn(|label| given.get(label).copied().unwrap_or(1.0))
 }
 
 #[cfg(test)]
@@ -109,11 +123,12 @@ mod tests {
         let offsets = [
             offset_of!(Control, run) + offset_of!(Run, loss),
             offset_of!(Control, overflow),
-            offset_of!(Control, inverse_count),
+            offset_of!(Control, inverse_total),
             offset_of!(Control, hyper) + offset_of!(Hyper, step),
+            offset_of!(Control, class_weights),
             BYTES,
         ];
-        assert_eq!(offsets, [20, 24, 40, 64, 72]);
+        assert_eq!(offsets, [20, 24, 40, 64, 72, 72 + 4 * 256]);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use super::lower::{Memory, Program};
 use crate::backend::State;
 use crate::error::{Error, Result};
 use crate::graph::{Mode, Plan, Tensor};
+use crate::ops::cross_entropy;
 
 /// Memory and commands of the plan at hand.
 pub(super) struct Prepared {
@@ -24,6 +25,8 @@ pub(super) struct Prepared {
     /// Images and pixels per image.
     pub(super) pixels: usize,
     pub(super) classes: usize,
+    /// Of the first classes in the loss; the others' are 1.
+    pub(super) class_weights: Vec<f32>,
     pub(super) labels_written: bool,
     pub(super) reserved_bytes: usize,
 }
@@ -35,6 +38,19 @@ impl Prepared {
             Mode::Labels => (self.memory.labels.into(), self.pixels),
             _ => (self.image(&plan.logits, 0), plan.logits.extent() * self.element.size()),
         }
+    }
+
+    /// What the loss of these labels is divided by, inverted.
+    pub(super) fn inverse_total(&self, labels: &[u8]) -> Result<f32> {
+        if labels.len() != self.pixels {
+            return Err(Error::Shape {
+                node: "labels".into(),
+                expected: format!("{} labels", self.pixels),
+                found: format!("{}", labels.len()),
+            });
+        }
+        let total = cross_entropy::total_weight(labels, self.classes, &self.class_weights);
+        Ok(1.0 / total as f32)
     }
 
     /// First byte of an image of a tensor whose planes are dense.
