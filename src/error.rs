@@ -1,6 +1,9 @@
 //! The library's typed error: every message names the file, node or kernel concerned, what was
-//! expected, what was found, and where it helps the remedy.
+//! expected, what was found, and where it helps the remedy. On one line, whatever a file or its
+//! name holds: it ends up on terminals, in logs and in JSON.
 
+use std::borrow::Cow;
+use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// Shorthand for results of this crate.
@@ -11,10 +14,10 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// A request that makes no sense as given (exit code 2).
-    #[error("{0}")]
+    #[error("{}", line(.0))]
     Usage(String),
     /// The operating system refused a file operation.
-    #[error("{}: {action}: {source}", path.display())]
+    #[error("{}: {action}: {source}", name(path))]
     Io {
         /// What was attempted, for example "cannot read".
         action: &'static str,
@@ -25,7 +28,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file whose content is not what it should be.
-    #[error("{}: expected {expected}, found {found}", path.display())]
+    #[error("{}: expected {}, found {}", name(path), short(expected), short(found))]
     Format {
         /// The file concerned.
         path: PathBuf,
@@ -35,7 +38,7 @@ pub enum Error {
         found: String,
     },
     /// Tensors whose shapes do not fit an operator.
-    #[error("node {node}: expected {expected}, found {found}")]
+    #[error("node {}: expected {}, found {}", short(node), short(expected), short(found))]
     Shape {
         /// Graph node (SPEC name) at fault.
         node: String,
@@ -45,7 +48,7 @@ pub enum Error {
         found: String,
     },
     /// A device that is missing, too old, or out of memory.
-    #[error("device {device}: {problem}; {remedy}")]
+    #[error("device {device}: {}; {}", line(problem), line(remedy))]
     Device {
         /// `cpu`, `cuda`, `emulated`.
         device: String,
@@ -55,7 +58,7 @@ pub enum Error {
         remedy: String,
     },
     /// A kernel that failed to launch or to run.
-    #[error("kernel {kernel}: {problem}")]
+    #[error("kernel {kernel}: {}", line(problem))]
     Kernel {
         /// Kernel (or library call) name.
         kernel: String,
@@ -63,7 +66,7 @@ pub enum Error {
         problem: String,
     },
     /// The work was done and its outcome is a failure (a check missed, files skipped).
-    #[error("{0}")]
+    #[error("{}", line(.0))]
     Failed(String),
 }
 
@@ -86,11 +89,100 @@ impl Error {
         }
     }
 
+    /// Where a value that would be wrong usage on a command line comes from a file: the file's
+    /// fault, of which `expected` tells what would have been right.
+    pub fn blame_file(self, path: impl AsRef<Path>, expected: &str) -> Self {
+        match self {
+            Error::Usage(found) => Error::format(path, expected, found),
+            other => other,
+        }
+    }
+
     /// Process exit code that the command line gives for this error: 2 for wrong usage, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) => 2,
             _ => 1,
         }
+    }
+}
+
+/// Characters of what a file holds, and of what was expected in its place, that a message quotes:
+/// enough for an import's account of what is missing, unknown and misshapen.
+const QUOTED: usize = 800;
+
+/// A text on one line: control characters and Unicode's line separators as escapes (`\n`,
+/// `\u{2028}`), cut at `longest` characters.
+struct OneLine<'a> {
+    text: Cow<'a, str>,
+    longest: usize,
+}
+
+fn line(text: &str) -> OneLine<'_> {
+    OneLine { text: text.into(), longest: usize::MAX }
+}
+
+fn short(text: &str) -> OneLine<'_> {
+    OneLine { text: text.into(), longest: QUOTED }
+}
+
+fn name(path: &Path) -> OneLine<'_> {
+    OneLine { text: path.to_string_lossy(), longest: usize::MAX }
+}
+
+impl fmt::Display for OneLine<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut left = self.longest;
+        for c in self.text.chars() {
+            let escape = c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+            let length = if escape { c.escape_default().len() } else { 1 };
+            if length > left {
+                return f.write_str("...");
+            }
+            left -= length;
+            if escape { write!(f, "{}", c.escape_default())? } else { f.write_char(c)? }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_one_line_whatever_the_file_and_its_name_hold() {
+        let odd = "a\nb\r\tc\0\u{1b}[31m\u{85}\u{2028}\u{2029}d";
+        let escaped = "a\\nb\\r\\tc\\u{0}\\u{1b}[31m\\u{85}\\u{2028}\\u{2029}d";
+        let text = || odd.to_string();
+        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let errors = [
+            Error::format(odd, odd, odd),
+            Error::io("cannot read", odd, source),
+            Error::Shape { node: text(), expected: text(), found: text() },
+            Error::Device { device: "cuda".into(), problem: text(), remedy: text() },
+            Error::Kernel { kernel: "add".into(), problem: text() },
+            Error::Usage(text()),
+            Error::Failed(text()),
+        ];
+        for error in errors {
+            let message = error.to_string();
+            assert!(message.contains(escaped), "{message}");
+            let breaks = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+            assert!(!message.contains(breaks), "{message:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_file_holds_is_quoted_up_to_a_length() {
+        let huge = "\u{e9}".repeat(1 << 20);
+        let message = Error::format("m.safetensors", huge.as_str(), huge.as_str()).to_string();
+        let cut = format!("{}...", "\u{e9}".repeat(QUOTED));
+        assert_eq!(message, format!("m.safetensors: expected {cut}, found {cut}"));
+        let breaks = "\n".repeat(QUOTED);
+        let message = Error::format("a", "b", breaks).to_string();
+        assert_eq!(message, format!("a: expected b, found {}...", "\\n".repeat(QUOTED / 2)));
+        let whole = "x".repeat(QUOTED);
+        assert!(Error::format("a", "b", whole.as_str()).to_string().ends_with(&whole));
     }
 }

@@ -94,7 +94,7 @@ pub fn evaluate_frames(
     let normalise = Normalise::new(model.mean, model.std);
     let prepare = |index| {
         let (image, truth) = dataset.load(index)?;
-        Ok((Input::new(&image, dataset.kind, size, &normalise), truth))
+        Ok((Input::new(&image, dataset.kind, size, &normalise)?, truth))
     };
     std::thread::scope(|scope| -> Result<()> {
         let (sender, receiver) = bounded(AHEAD);

@@ -249,7 +249,8 @@ impl Training {
         self.backend.loss()
     }
 
-    /// [`Training::gradients`], then one Adam update. On a device that works beside the host nothing
+    /// [`Training::gradients`] (input N x 3 x H x W, normalised; labels N x H x W, 255 ignored), then one
+    /// Adam update (paper, section 4.1). On a device that works beside the host nothing
     /// is waited for: [`Training::counters`] tells of the loss when it is wanted.
     ///
     /// # Errors
@@ -340,7 +341,7 @@ impl Training {
         Ok((first, second))
     }
 
-    /// Puts parameters, and moments if given, on the device.
+    /// Puts parameters, and moments (of the parameters' length each) if given, on the device.
     ///
     /// # Errors
     /// [`Error::Shape`] for vectors of another network.

@@ -140,7 +140,10 @@ fn temporary(path: &Path, folder: &Path) -> io::Result<NamedTempFile> {
     #[cfg(unix)]
     builder.permissions(permissions);
     // tempfile's errors add the temporary file's random name, which means nothing to a user.
-    builder.tempfile_in(folder).map_err(|e| e.kind().into())
+    builder.tempfile_in(folder).map_err(|e| match e.kind() {
+        kind @ io::ErrorKind::NotFound => io::Error::new(kind, "there is no such folder"),
+        kind => kind.into(),
+    })
 }
 
 /// Makes a rename last through a power cut.

@@ -12,6 +12,7 @@ use crate::exec::Inference;
 use crate::graph::{Mode, Shape};
 use crate::model::Model;
 use crate::ops::resize::argmax_nchw;
+use crate::segment::input::{NetworkSize, SizeReason, check_memory};
 
 /// Images decoded ahead of the network.
 pub const AHEAD: usize = 3;
@@ -30,17 +31,22 @@ pub struct Input {
 impl Input {
     /// An image at `size` (width, height); without one, at its own size, or at half of it for
     /// Cityscapes (paper, section 4.1).
+    ///
+    /// # Errors
+    /// [`Error::Failed`](crate::Error::Failed) for a size that cannot fit into the memory.
     pub fn new(
         image: &RgbImage,
         kind: DatasetKind,
         size: Option<(usize, usize)>,
         normalise: &Normalise,
-    ) -> Input {
+    ) -> Result<Input> {
         let full = (image.width() as usize, image.height() as usize);
+        let reason = if size.is_some() { SizeReason::Requested } else { SizeReason::Own };
         let size = size.unwrap_or_else(|| working_size(kind, full.0, full.1));
+        check_memory(NetworkSize { width: size.0, height: size.1, reason })?;
         let mut values = vec![0.0; 3 * size.0 * size.1];
         Warp::resize(full, size).image(image, normalise, &mut values);
-        Input { values, size, full }
+        Ok(Input { values, size, full })
     }
 }
 

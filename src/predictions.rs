@@ -108,7 +108,7 @@ pub fn write(
     let mut predictor = Predictor::new(model, open);
     let mut labels = Vec::new();
     let work = &open_work;
-    let prepare = |i: usize| Ok(Input::new(&decode::image(work[i].1)?, kind, size, &normalise));
+    let prepare = |i: usize| Input::new(&decode::image(work[i].1)?, kind, size, &normalise);
     std::thread::scope(|scope| -> Result<()> {
         let (sender, receiver) = bounded(AHEAD);
         scope.spawn(move || prepare_all(work.len(), prepare, &sender));

@@ -122,6 +122,23 @@ fn a_profile_lists_every_layer_once() {
 }
 
 #[test]
+fn a_dash_sends_the_json_to_standard_output_and_the_words_to_standard_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let bench = "bench --device cpu --threads 1 --p 1 --q 1 --size 64x32 --iterations 2 --warmup 0 \
+        --profile --json -";
+    let tune = "tune --dry-run --card h200 --precision f16 --p 1 --q 1 --json -";
+    for (command, words) in [(bench, "latency ms"), (tune, "prediction")] {
+        let mut fpenet = Command::cargo_bin("fpenet").unwrap();
+        let output = fpenet.args(command.split_whitespace()).current_dir(&dir).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{stderr}");
+        serde_json::from_slice::<Value>(&output.stdout).unwrap();
+        assert!(stderr.contains(words), "{stderr}");
+        assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 0, "a file was written");
+    }
+}
+
+#[test]
 fn wrong_usage_and_unwritable_outputs_are_told_before_any_work() {
     for args in [
         &["bench", "--size", "0x0"][..],

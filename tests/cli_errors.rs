@@ -89,6 +89,8 @@ fn wrong_usage_is_one_line_and_exit_code_2() {
     refused(&["summary", "--dilations", "1,2,0,8"], 2, &["dilations"]);
     refused(&["summary", "--decoder", "unet"], 2, &["--decoder", "bilinear"]);
     refused(&["check", "--reference", "x", "--threads", "0"], 2, &["--threads"]);
+    refused(&["init", "--out", ""], 2, &["--out"]);
+    refused(&["bench", "--json", ""], 2, &["--json"]);
 }
 
 #[test]
@@ -181,10 +183,10 @@ fn bad_arrays_are_refused() {
     refused(&fixture.file("empty.npy", b""), 1, &["empty.npy", "an empty file"]);
     refused(&array("rank3.npy", &[3, 16, 20]), 1, &["rank3.npy", "N x 3 x H x W"]);
     refused(&array("channels.npy", &[1, 4, 16, 20]), 1, &["channels.npy", "N x 3 x H x W"]);
-    refused(&array("zero.npy", &[1, 3, 0, 20]), 2, &["zero.npy", "from 16"]);
-    refused(&array("batch.npy", &[0, 3, 16, 20]), 2, &["batch.npy", "batch"]);
-    refused(&array("small.npy", &[1, 3, 16, 15]), 2, &["small.npy", "15x16"]);
-    refused(&array("wide.npy", &[1, 3, 16, 40_000]), 2, &["wide.npy", "40000x16"]);
+    refused(&array("zero.npy", &[1, 3, 0, 20]), 1, &["zero.npy", "from 16"]);
+    refused(&array("batch.npy", &[0, 3, 16, 20]), 1, &["batch.npy", "batch"]);
+    refused(&array("small.npy", &[1, 3, 16, 15]), 1, &["small.npy", "15x16"]);
+    refused(&array("wide.npy", &[1, 3, 16, 40_000]), 1, &["wide.npy", "40000x16"]);
     let path = fixture.path("nan.npy");
     npy::write_f32(&path, &[1, 3, 16, 20], &[f32::NAN; 960]).unwrap();
     refused(&path, 1, &["nan.npy", "finite", "NaN"]);
@@ -200,6 +202,7 @@ fn unwritable_outputs_are_refused_and_existing_files_survive_a_failure() {
     for path in [&below_a_file, &nowhere, &folder] {
         let out = path.to_str().unwrap();
         refused(&["init", "--out", out], 1, &[out, "cannot write"]);
+        refused(&["export", "--onnx", out], 1, &[out, "cannot write"]);
         let (m, x) = (fixture.path("model.safetensors"), fixture.path("x.npy"));
         let (m, x) = (m.to_str().unwrap(), x.to_str().unwrap());
         refused(&["run", "--model", m, "--input", x, "--output", out], 1, &[out, "cannot write"]);
@@ -225,6 +228,8 @@ fn bad_reference_folders_are_refused() {
     check(fixture.folder.path(), &["nothing to compare"]);
     npy::write_f32(&fixture.path("logits.npy"), &[1, 3, 16, 16], &[0.0; 768]).unwrap();
     check(fixture.folder.path(), &["logits.npy", "1 x 3 x 16 x 20", "1 x 3 x 16 x 16"]);
+    npy::write_f32(&fixture.path("input.npy"), &[1, 3, 8, 8], &[0.5; 192]).unwrap();
+    check(fixture.folder.path(), &["input.npy", "from 16", "8x8"]);
 }
 
 #[test]

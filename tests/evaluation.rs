@@ -200,6 +200,21 @@ fn a_class_that_occurs_nowhere_is_null_in_the_figures() {
 }
 
 #[test]
+fn a_size_beyond_the_memory_is_refused_before_it_is_filled() {
+    if fpenet::memory::available_bytes().is_none_or(|free| free > 60 << 30) {
+        return; // 63 GiB are asked for below, where they would not fit.
+    }
+    let (root, _data) = camvid(&[(48, 32)], stripes);
+    let file = root.path().join("m.safetensors");
+    model(11).save(&file).unwrap();
+    let begun = std::time::Instant::now();
+    let (code, _, err) = eval(root.path(), &file, &["--size", "32768x32768"]);
+    assert_eq!((code, err.lines().count()), (1, 1), "{err}");
+    assert!(err.contains("32768x32768") && err.contains("out of memory"), "{err}");
+    assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
+}
+
+#[test]
 fn bad_requests_are_one_line_and_leave_no_figures() {
     let (root, _data) = camvid(&[(48, 32)], stripes);
     let (file, json) = (root.path().join("m.safetensors"), root.path().join("figures.json"));

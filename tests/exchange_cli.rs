@@ -122,6 +122,12 @@ fn import_refuses_with_one_line_and_keeps_what_was_there() {
     let depth = ["--p", "1", "--q", "1"];
     let deep = |args: &[&'static str]| [&import[..], &depth, args].concat();
     place.refused(&deep(&["--class-names", "a,b"]), 2, &["class names: expected 3", "found 2"]);
+    place.refused(
+        &deep(&["--class-names", "a,,c"]),
+        2,
+        &["--class-names", "an empty one at index 1"],
+    );
+    place.refused(&deep(&["--class-names", "a,\u{1b}[31mb,c"]), 2, &["--class-names", "[31mb"]);
     place.refused(&deep(&["--classes-from", "four.safetensors"]), 2, &["expected 3", "found 4"]);
     place.refused(&deep(&["--classes", "4"]), 1, &["classifier.bias: 3, not 4"]);
     place.refused(&deep(&["--mean", "1,2"]), 2, &["three numbers"]);

@@ -229,6 +229,31 @@ fn outputs_to_a_device_without_space_are_errors() {
     }
 }
 
+/// Linux takes any bytes as a name.
+#[cfg(target_os = "linux")]
+#[test]
+fn names_that_are_no_text_are_as_good_as_others() {
+    let place = Workplace::new();
+    let begin = "set -e; D=$'d\\xff'; mkdir $D; mv data model.safetensors street.jpg $D";
+    assert!(place.shell(begin).status.success());
+    for command in [
+        "segment $D/street.jpg --model $D/model.safetensors --out $D/out",
+        "eval --data $D/data --model $D/model.safetensors --json $D/eval.json --report $D/report",
+        "export-predictions --data $D/data --split val --out $D/p --model $D/model.safetensors",
+        "stream --input $D/data/val --model $D/model.safetensors --quiet",
+        "export --onnx $D/model.onnx --model $D/model.safetensors",
+        "import --from $D/model.safetensors --p 1 --q 1 --out $D/imported.safetensors",
+        "bench --size 64x48 --iterations 1 --model $D/model.safetensors --json $D/bench.json",
+        "train --data $D/data --out $D/run --epochs 1 --batch 2 --size 32x32 --p 1 --q 1",
+        "train --data $D/data --out $D/run --resume",
+        "reproduce table8 --data $D/data --splits train --test-split val --out $D/tables --epochs 1 \
+         --batch 2 --size 32x32",
+    ] {
+        let output = place.shell(&format!("D=$'d\\xff'; $F {command}"));
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
 /// Replaces `path` by one of two versions over and over while `read` reads it a number of times:
 /// by rename, which a reader must never notice, and by writing over it, which it may.
 fn replaced_while_read<T: PartialEq>(
@@ -355,6 +380,13 @@ fn no_command_but_view_opens_a_socket() {
         "eval --data data --model model.safetensors --json eval.json",
         "train --data data --dataset camvid --out run --epochs 1 --batch 2 --size 64x48 --p 1 --q 1",
         "run --model model.safetensors --input x.npy --output y.npy",
+        "stream --input data/val --model model.safetensors",
+        "export-predictions --data data --split val --out predictions --model model.safetensors",
+        "export --onnx model.onnx --model model.safetensors",
+        "import --from model.safetensors --p 1 --q 1 --out imported.safetensors",
+        concat!("check --reference ", env!("CARGO_MANIFEST_DIR"), "/tests/data/meu_odd_size"),
+        "reproduce table4",
+        "tune --dry-run --card h200 --precision f16 --size 64x48 --p 1 --q 1",
         "bench --size 64x48 --iterations 1 --warmup 0 --p 1 --q 1",
         "summary --size 64x48",
         "devices",

@@ -259,6 +259,18 @@ fn a_closed_output_ends_the_stream_without_an_error() {
 }
 
 #[test]
+fn an_output_closed_before_the_first_frame_is_no_empty_input() {
+    let place = Workplace::new();
+    let args = [&RAW[..], &["--output-format", "raw", "--quiet"]].concat();
+    let mut child = place.command(&args).spawn().unwrap();
+    drop(child.stdout.take().unwrap());
+    child.stdin.take().unwrap().write_all(&rgb(0)).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert!(output.status.success());
+}
+
+#[test]
 fn drop_frames_keeps_a_live_source_going() {
     let place = Workplace::new();
     let args = [&RAW[..], &["--output-format", "raw", "--show", "labels", "--drop"]].concat();

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Uses the page of `fpenet view` in a real browser, headless, as a visitor would: chooses the
-example photo, moves the divider, toggles classes, drops a file that is no image, looks at it on a
+"""Uses the page of `fpenet view` in a real browser, headless, as a visitor would: chooses a photo,
+drops one, moves the divider, toggles classes, offers a file that is no image, looks at it on a
 phone. Checks what the canvases show against the label map that `fpenet segment` writes.
 
     apt-get install chromium chromium-driver && pip install selenium pillow
@@ -90,6 +90,7 @@ def visit(args, url, folder, labels):
         check_divider(page, labels)
         check_classes(page, labels)
         check_opacity(page)
+        check_drop(page, folder)
         check_errors(page, folder)
         check_formats(page, folder, labels)
         check_keyboard(page)
@@ -132,6 +133,18 @@ class Page:
 
     def choose(self, path):
         self.one("file").send_keys(str(path))
+
+    def drop(self, path):
+        """Drags a file over the page, with the events that the browser sends, and lets go."""
+        data = base64.b64encode(path.read_bytes()).decode()
+        return self.js(
+            "const bytes = Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0));"
+            "const files = new DataTransfer(); files.items.add(new File([bytes], arguments[1]));"
+            "const send = kind => document.getElementById('stage').dispatchEvent(new DragEvent("
+            "kind, {dataTransfer: files, bubbles: true, cancelable: true}));"
+            "const over = send('dragover'), lit = document.body.classList.contains('dragging');"
+            "send('drop'); return [over, lit, document.body.classList.contains('dragging')]",
+            data, path.name)
 
     def slide(self, id, value):
         self.js("const s = arguments[0]; s.value = arguments[1];"
@@ -236,6 +249,20 @@ def check_opacity(page):
     assert page.text("opacity-value") == "80 %"
     assert page.js("return getComputedStyle(document.getElementById('overlay')).opacity") == "0.8"
     page.slide("opacity", 50)
+
+
+def check_drop(page, folder):
+    small = folder / "dropped.png"
+    Image.open(PHOTO).resize((300, 200)).save(small)
+    state = page.drop(small)
+    # A page that lets dragover pass would have the browser open the file instead.
+    assert state == [False, True, False], f"dragover passed, lit up, still lit: {state}"
+    page.wait(lambda: page.text("status") == "dropped.png, 300×200")
+    shown = page.pixels("photo").convert("RGB").tobytes()
+    assert shown == Image.open(small).tobytes(), "the photo on show is not the dropped one"
+    assert page.pixels("overlay").getextrema()[3] == (255, 255), "no overlay of the dropped photo"
+    page.choose(PHOTO)
+    page.wait(lambda: page.text("status") == "street.jpg, 960×720")
 
 
 def check_errors(page, folder):

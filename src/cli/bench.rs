@@ -9,11 +9,12 @@ use fpenet::backend::{AdamStep, Output, Precision};
 use fpenet::bench::{self, Latency, LayerTime, Profile, Report, Samples};
 use fpenet::exec::{Inference, Training};
 use fpenet::graph::{Mode, Plan};
-use fpenet::{Error, Model, ModelConfig, files, memory};
+use fpenet::{Error, Model, ModelConfig, memory};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::args::{ConfigArgs, DeviceArgs, Size, positive};
+use super::destination::Destination;
 use crate::say;
 
 /// Options of `fpenet bench`.
@@ -54,9 +55,9 @@ pub struct Args {
     /// Time every layer by itself, with its bytes and multiply-accumulates
     #[arg(long, conflicts_with = "train")]
     pub profile: bool,
-    /// Write the figures to this file
+    /// Write the figures to this file, or to standard output (-)
     #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
+    pub json: Option<Destination>,
     #[command(flatten)]
     pub network: ConfigArgs,
     #[command(flatten)]
@@ -74,8 +75,8 @@ struct Job {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(path) = &args.json {
-        files::check_writable(path)?;
+    if let Some(json) = &args.json {
+        json.reserve()?;
     }
     let model = model(&args)?;
     let (size, batch, iterations, warmup) =
@@ -351,11 +352,8 @@ fn finish(args: &Args, job: &Job, report: &Report) -> anyhow::Result<()> {
     if let Some(layers) = &report.layers {
         table(layers)?;
     }
-    if let Some(path) = &args.json {
-        files::write_atomic(path, |file| {
-            serde_json::to_writer_pretty(&mut *file, report)?;
-            file.write_all(b"\n")
-        })?;
+    if let Some(json) = &args.json {
+        json.write_json(report)?;
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
 use super::args::{DeviceArgs, Size, positive};
+use super::destination::Destination;
 use crate::say;
 
 /// Options of `fpenet eval`.
@@ -39,9 +40,9 @@ pub struct Args {
     /// Size at which the network runs [default: the images', half of it for Cityscapes]
     #[arg(long, value_name = "WxH")]
     pub size: Option<Size>,
-    /// Write the figures to this file
+    /// Write the figures to this file, or to standard output (-)
     #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
+    pub json: Option<Destination>,
     /// Draw the N frames of lowest mIoU beside their ground truth, and a confusion matrix
     /// [default with --report: 20]
     #[arg(long, value_name = "N", value_parser = positive)]
@@ -55,8 +56,8 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(path) = &args.json {
-        files::check_writable(path)?;
+    if let Some(json) = &args.json {
+        json.reserve()?;
     }
     let report = match (&args.report, args.worst) {
         (None, None) => None,
@@ -90,9 +91,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let evaluation = evaluation?;
 
     print(&args, &dataset, &evaluation)?;
-    if let Some(path) = &args.json {
-        let text = serde_json::to_string_pretty(&figures(&dataset, &evaluation))?;
-        files::write_atomic(path, |out| writeln!(out, "{text}"))?;
+    if let Some(json) = &args.json {
+        json.write_json(&figures(&dataset, &evaluation))?;
     }
     if let (Some(folder), Some(scores)) = (&report, &scores) {
         let model = model_name(&args);

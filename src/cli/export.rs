@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fpenet::exchange::onnx::{self, MAX_OPSET, MIN_OPSET, Options};
-use fpenet::{Model, bundled, files};
+use fpenet::{Model, bundled};
 
 use super::args::Size;
+use super::destination::Destination;
 use crate::say;
 
 /// Options of `fpenet export`.
@@ -18,9 +19,9 @@ use crate::say;
     docs/EXCHANGE.md."
 )]
 pub struct Args {
-    /// Where the ONNX file goes
+    /// Where the ONNX file goes (-: standard output)
     #[arg(long, value_name = "FILE")]
-    pub onnx: PathBuf,
+    pub onnx: Destination,
     /// Model file [default: the bundled CamVid weights]
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
@@ -38,14 +39,15 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    files::check_writable(&args.onnx)?;
+    args.onnx.reserve_binary()?;
     let model = match &args.model {
         Some(path) => Model::load(path)?,
         None => bundled::model()?,
     };
     let size = args.size.map(|size| (size.width, size.height));
     let options = Options { opset: args.opset, size, argmax: args.argmax };
-    let written = onnx::write(&args.onnx, &model, &options)?;
+    let (bytes, written) = onnx::encode(&model, &options)?;
+    args.onnx.write(|out| out.write_all(&bytes))?;
 
     let sides = args.size.map_or("H x W".to_string(), |s| format!("{} x {}", s.height, s.width));
     let output = if args.argmax {
@@ -55,7 +57,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     say!(
         "{}: opset {}, input f32 N x 3 x {sides} -> {output}, {} nodes, {:.2} MB",
-        args.onnx.display(),
+        args.onnx,
         args.opset,
         written.nodes,
         written.bytes as f64 / 1e6

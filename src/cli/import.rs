@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use fpenet::exchange::import::{self, Mapping, Weights};
 use fpenet::graph::Graph;
 use fpenet::model::classes;
-use fpenet::{Error, Model, ModelConfig, files};
+use fpenet::{Error, Model, ModelConfig};
 
 use super::args::ConfigArgs;
+use super::destination::Destination;
 use crate::say;
 
 /// Options of `fpenet import`.
@@ -23,9 +24,9 @@ pub struct Args {
     /// State dict: safetensors or npz, told by the content
     #[arg(long, value_name = "FILE")]
     pub from: PathBuf,
-    /// Where the model goes (.safetensors)
+    /// Where the model goes (.safetensors; -: standard output)
     #[arg(long, value_name = "FILE")]
-    pub out: PathBuf,
+    pub out: Destination,
     /// Names that differ from this project's (JSON)
     #[arg(long, value_name = "FILE")]
     pub map: Option<PathBuf>,
@@ -47,7 +48,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    files::check_writable(&args.out)?;
+    args.out.reserve_binary()?;
     let mapping = args.map.as_deref().map(Mapping::load).transpose()?.unwrap_or_default();
     let bytes = import::read_bytes(&args.from)?;
     let weights = Weights::parse(&args.from, &bytes)?;
@@ -89,6 +90,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         ))
         .into());
     }
+    if let Some(unfit) = classes::unfit(&model.classes) {
+        let text = format!("--class-names: expected names of one line, found {unfit}");
+        return Err(Error::Usage(text).into());
+    }
     if let (Some(mean), Some(std)) = (args.mean, args.std) {
         if std.iter().any(|s| *s <= 0.0) {
             let found = format!("--std: expected positive numbers, found {std:?}");
@@ -96,11 +101,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
         (model.mean, model.std) = (mean, std);
     }
-    model.save(&args.out)?;
+    args.out.write_model(&model)?;
 
     say!(
         "{}: {} parameters, {} classes, from {} ({}, {} tensors)",
-        args.out.display(),
+        args.out,
         model.params.trainable_count(),
         model.config.classes,
         args.from.display(),

@@ -1,19 +1,19 @@
 //! `fpenet init`: a model file with initial weights.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fpenet::model::Model;
 
 use super::args::ConfigArgs;
+use super::destination::Destination;
 use crate::say;
 
 /// Options of `fpenet init`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Where the model goes (.safetensors)
+    /// Where the model goes (.safetensors; -: standard output)
     #[arg(long, value_name = "FILE")]
-    pub out: PathBuf,
+    pub out: Destination,
     /// Seed of the weights
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
@@ -23,9 +23,10 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    args.out.reserve_binary()?;
     let model = Model::init(args.network.config()?, args.seed)?;
-    model.save(&args.out)?;
+    args.out.write_model(&model)?;
     let parameters = model.params.trainable_count();
-    say!("{}: {parameters} parameters, seed {}", args.out.display(), args.seed)?;
+    say!("{}: {parameters} parameters, seed {}", args.out, args.seed)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -3,6 +3,7 @@
 mod args;
 mod bench;
 mod check;
+mod destination;
 mod devices;
 mod eval;
 mod export;
@@ -104,21 +105,10 @@ pub fn main() -> ExitCode {
     })
 }
 
-/// Writes a line to stdout. A reader that has gone away (`fpenet summary | head`) is no error:
-/// the work goes on, unread.
-pub fn print_line(line: std::fmt::Arguments) -> io::Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_fmt(line).and_then(|()| out.write_all(b"\n")) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        Err(error) => Err(io::Error::new(error.kind(), format!("stdout: cannot write: {error}"))),
-        Ok(()) => Ok(()),
-    }
-}
-
-/// `println!` that returns an `io::Result` instead of panicking; see [`print_line`].
+/// `println!` that returns an `io::Result` instead of panicking; see [`destination::print_line`].
 #[macro_export]
 macro_rules! say {
-    ($($arg:tt)*) => { $crate::cli::print_line(format_args!($($arg)*)) };
+    ($($arg:tt)*) => { $crate::cli::destination::print_line(format_args!($($arg)*)) };
 }
 
 /// `error: ...` on stderr, on one line whatever the message holds.
@@ -134,6 +124,8 @@ pub fn warn(message: &str) {
 fn line(kind: &str, message: &str) {
     let line = message.split(['\n', '\r']).map(str::trim).filter(|part| !part.is_empty());
     let line = line.collect::<Vec<_>>().join(" ");
+    // What a user typed or a file holds must not steer the terminal.
+    let line: String = line.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
     // Where stderr is closed there is nobody to tell.
     let _ = writeln!(io::stderr(), "{kind}: {line}");
 }

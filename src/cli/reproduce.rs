@@ -33,7 +33,7 @@ table8  CamVid: trains on train,val, measures on test\n\n\
 Which switches the paper puts in table 2 and which in table 3, and on which baseline, is not known \
 here for sure: each row is the full network with one switch changed, and a network that several \
 tables hold is trained once. The paper's figures are shown where this project has them on record \
-(tables 4 and 7), else a dash.\n\n\
+(tables 4, 7 and 8), else a dash.\n\n\
 Each training is a run of `fpenet train` in OUT/runs/NAME. A finished run is kept and skipped, a \
 begun one is continued bit for bit, one made with other settings is refused. Tables go to \
 OUT/tableN.md and tableN.json. The defaults are the paper's protocol (days on a CPU): shorten it \

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Context;
+use fpenet::Error;
 use fpenet::exec::Inference;
 use fpenet::graph::Mode;
 use fpenet::model::{Model, npy};
-use fpenet::{Error, files};
 
 use super::args::DeviceArgs;
+use super::destination::Destination;
 use crate::say;
 
 /// Options of `fpenet run`.
@@ -21,16 +21,16 @@ pub struct Args {
     /// Input: f32, N x 3 x H x W, already normalised (.npy)
     #[arg(long, value_name = "FILE")]
     pub input: PathBuf,
-    /// Where the logits go: f32, N x C x H x W (.npy)
+    /// Where the logits go: f32, N x C x H x W (.npy; -: standard output)
     #[arg(long, value_name = "FILE")]
-    pub output: PathBuf,
+    pub output: Destination,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    files::check_writable(&args.output)?;
+    args.output.reserve_binary()?;
     let model = Model::load(&args.model)?;
     let (shape, input) = npy::read_f32(&args.input)?;
     let [n, 3, h, w] = shape[..] else {
@@ -39,13 +39,14 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     npy::check_finite(&args.input, &input)?;
     let mut inference = Inference::new(&model, args.device.open()?, n, h, w, Mode::Logits)
-        .with_context(|| args.input.display().to_string())?;
+        .map_err(|e| e.blame_file(&args.input, "an array that the network takes"))?;
     inference.run(&input)?;
     let logits = inference.logits()?;
-    npy::write_f32(&args.output, &[n, model.config.classes, h, w], &logits)?;
+    let shape = [n, model.config.classes, h, w];
+    args.output.write(|out| npy::write_f32_to(out, &shape, &logits))?;
     say!(
         "{}: logits {n} x {} x {h} x {w} on {}",
-        args.output.display(),
+        args.output,
         model.config.classes,
         inference.backend().describe()
     )?;

@@ -46,7 +46,7 @@ pub enum InputFormat {
     An input that ends within a frame is an error (exit code 1) after all whole frames are out. An \
     output that is closed ends the stream without one.")]
 pub struct Args {
-    /// File of frames, or folder of pictures of one size [default: standard input]
+    /// File of frames, or folder of pictures of one size [default, and -: standard input]
     #[arg(long, value_name = "FILE|FOLDER")]
     pub input: Option<PathBuf>,
     /// How frames come in
@@ -87,7 +87,7 @@ pub struct Args {
 }
 
 /// Runs the command.
-pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
     if io::stdout().is_terminal() {
         let text = "standard output: expected a pipe or a file for the frames, found a terminal";
         return Err(Error::Usage(text.into()).into());
@@ -99,6 +99,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut segmenter = Segmenter::new(&model, args.device.settings())?;
     let (kind, name) = segmenter.device();
 
+    args.input.take_if(|input| input.as_os_str() == "-");
     let input = open(&args)?;
     let (width, height) = input.source.size();
     let requested = args.network_size.map(|size| (size.width, size.height));
@@ -136,7 +137,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         status_line(format_args!("{}\n", describe(&status, rate)));
     }
     result?;
-    if status.frames == 0 && status.dropped == 0 {
+    if status.frames == 0 && status.dropped == 0 && !status.output_closed {
         let found = "none: an empty input";
         return Err(Error::format(input.origin, "at least one frame", found).into());
     }

@@ -7,10 +7,11 @@ use fpenet::backend::gpu::Element;
 use fpenet::backend::gpu::cards::{self, Card};
 use fpenet::device::{self, DeviceChoice, Precision};
 use fpenet::tune::{self, CardPrediction, Shape, Trial};
-use fpenet::{Error, Model, files};
+use fpenet::{Error, Model};
 use serde::Serialize;
 
 use super::args::{ConfigArgs, Size, positive};
+use super::destination::Destination;
 use crate::say;
 
 /// Options of `fpenet tune`.
@@ -46,9 +47,9 @@ pub struct Args {
     /// Card of the prediction [default: titan-v, titan-rtx and h200]
     #[arg(long, value_name = "CARD", requires = "dry_run", value_parser = card)]
     pub card: Vec<&'static Card>,
-    /// Write what was measured or predicted to this file
+    /// Write what was measured or predicted to this file, or to standard output (-)
     #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
+    pub json: Option<Destination>,
     #[command(flatten)]
     pub network: ConfigArgs,
 }
@@ -73,8 +74,8 @@ struct Tuned {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(path) = &args.json {
-        files::check_writable(path)?;
+    if let Some(json) = &args.json {
+        json.reserve()?;
     }
     let model = match &args.model {
         Some(path) if args.network == ConfigArgs::default() => Model::load(path)?,
@@ -293,10 +294,8 @@ fn threads(args: &Args, model: &Model, all: &mut Vec<Tuned>) -> anyhow::Result<(
 }
 
 fn write(args: &Args, value: &impl Serialize) -> anyhow::Result<()> {
-    let Some(path) = &args.json else { return Ok(()) };
-    files::write_atomic(path, |file| {
-        serde_json::to_writer_pretty(&mut *file, value)?;
-        file.write_all(b"\n")
-    })?;
+    if let Some(json) = &args.json {
+        json.write_json(value)?;
+    }
     Ok(())
 }

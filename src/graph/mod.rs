@@ -97,6 +97,22 @@ impl Node {
     }
 }
 
+/// Refuses batches and sizes that no network takes.
+///
+/// # Errors
+/// [`Error::Usage`] for a size outside [`MIN_SIDE`]..[`MAX_SIDE`], no image, or more than 4096.
+pub fn check_input(n: usize, h: usize, w: usize) -> Result<()> {
+    if n == 0 || n > 4096 {
+        return Err(Error::Usage(format!("batch: expected 1 to 4096 images, found {n}")));
+    }
+    if !(MIN_SIDE..=MAX_SIDE).contains(&h) || !(MIN_SIDE..=MAX_SIDE).contains(&w) {
+        return Err(Error::Usage(format!(
+            "size: expected width and height from {MIN_SIDE} to {MAX_SIDE}, found {w}x{h}"
+        )));
+    }
+    Ok(())
+}
+
 /// A network: nodes in execution order and the table of their parameters.
 #[derive(Debug, Clone)]
 pub struct Graph {
@@ -122,14 +138,7 @@ impl Graph {
     /// [`Error::Usage`] for a size outside [`MIN_SIDE`]..[`MAX_SIDE`] or an empty batch,
     /// [`Error::Shape`] where an operator's operands do not fit.
     pub fn infer_shapes(&self, n: usize, h: usize, w: usize) -> Result<Vec<Shape>> {
-        if n == 0 || n > 4096 {
-            return Err(Error::Usage(format!("batch: expected 1 to 4096 images, found {n}")));
-        }
-        if !(MIN_SIDE..=MAX_SIDE).contains(&h) || !(MIN_SIDE..=MAX_SIDE).contains(&w) {
-            return Err(Error::Usage(format!(
-                "size: expected width and height from {MIN_SIDE} to {MAX_SIDE}, found {w}x{h}"
-            )));
-        }
+        check_input(n, h, w)?;
         let mut shapes: Vec<Shape> = Vec::with_capacity(self.nodes.len());
         for node in &self.nodes {
             let inputs: Vec<Shape> = node.inputs.iter().map(|i| shapes[i.0]).collect();

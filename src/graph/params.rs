@@ -127,7 +127,7 @@ impl ParamStore {
         store
     }
 
-    /// Values of one parameter.
+    /// Values of one parameter, dense in the order of its shape (PyTorch's layout).
     pub fn get(&self, id: ParamId) -> &[f32] {
         &self.values[self.specs[id.0].range()]
     }

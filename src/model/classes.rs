@@ -42,6 +42,16 @@ pub const CAMVID: [Class; 11] = [
     ("Bicyclist", [0, 128, 192]),
 ];
 
+/// The first name that is no name, in words: an empty one, or one that would break the lines of a
+/// report or steer the terminal that shows it.
+pub fn unfit(names: &[String]) -> Option<String> {
+    let unfit = |name: &&String| name.trim().is_empty() || name.contains(char::is_control);
+    let index = names.iter().position(|name| unfit(&name))?;
+    let name = &names[index];
+    let empty = name.trim().is_empty();
+    Some(if empty { format!("an empty one at index {index}") } else { format!("{name:?}") })
+}
+
 /// Names and colours for a number of classes: Cityscapes' for 19, CamVid's for 11, else
 /// "class 0" .. with Pascal VOC's colour map, which is distinct for every index.
 pub fn table(count: usize) -> (Vec<String>, Vec<[u8; 3]>) {

@@ -5,6 +5,7 @@ pub mod npy;
 pub mod tensors;
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::Path;
 
 use serde::Serialize;
@@ -93,8 +94,8 @@ impl Model {
 
         let (names, colours) = classes::table(config.classes);
         let classes: Vec<String> = metadata.list("classes", config.classes)?.unwrap_or(names);
-        if let Some(i) = classes.iter().position(|name| name.trim().is_empty()) {
-            return Err(metadata.wrong("classes", "names", format!("an empty one at index {i}")));
+        if let Some(unfit) = classes::unfit(&classes) {
+            return Err(metadata.wrong("classes", "names of one line", unfit));
         }
         let palette = metadata.list("palette", config.classes)?.unwrap_or(colours);
         let (mean, std) = metadata.normalisation()?;
@@ -118,6 +119,15 @@ impl Model {
             .check_finite()
             .map_err(|e| Error::Failed(format!("{}: not written: {e}", path.display())))?;
         tensors::write_params(path, &self.params, Selection::All, &self.metadata())
+    }
+
+    /// [`Model::save`] into a pipe.
+    ///
+    /// # Errors
+    /// Those of `w`, and where a weight is not finite.
+    pub fn save_to(&self, w: &mut dyn Write) -> io::Result<()> {
+        self.params.check_finite().map_err(io::Error::other)?;
+        tensors::write_params_to(w, &self.params, Selection::All, &self.metadata())
     }
 
     /// Everything but the weights, under the keys of the model file (SPEC, "Model file").

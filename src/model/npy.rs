@@ -1,5 +1,6 @@
 //! NumPy arrays (`.npy`) of f32 and u8, in and out.
 
+use std::io::{self, Write};
 use std::path::Path;
 
 use half::f16;
@@ -80,13 +81,19 @@ pub fn write_f32(path: &Path, shape: &[usize], data: &[f32]) -> Result<()> {
             data.len()
         )));
     }
+    files::write_atomic(path, |w| write_f32_to(w, shape, data))
+}
+
+/// [`write_f32`] into a pipe; `shape` must have `data.len()` elements.
+///
+/// # Errors
+/// Those of `w`, and where the number of elements is another.
+pub fn write_f32_to(w: &mut dyn Write, shape: &[usize], data: &[f32]) -> io::Result<()> {
     let shape: Vec<u64> = shape.iter().map(|&d| d as u64).collect();
-    files::write_atomic(path, |w| {
-        let mut writer =
-            npyz::WriteOptions::new().default_dtype().shape(&shape).writer(w).begin_nd()?;
-        writer.extend(data.iter().copied())?;
-        writer.finish()
-    })
+    let mut writer =
+        npyz::WriteOptions::new().default_dtype().shape(&shape).writer(w).begin_nd()?;
+    writer.extend(data.iter().copied())?;
+    writer.finish()
 }
 
 /// Refuses NaN and infinities in an array that came from `path`.

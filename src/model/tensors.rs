@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::io::{self, Write};
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo, View};
@@ -118,19 +119,29 @@ pub fn write_params(
     selection: Selection,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
+    files::write_atomic(path, |w| write_params_to(w, store, selection, metadata))
+}
+
+/// [`write_params`] into a pipe.
+///
+/// # Errors
+/// Those of `w`.
+pub fn write_params_to(
+    w: &mut dyn Write,
+    store: &ParamStore,
+    selection: Selection,
+    metadata: &BTreeMap<String, String>,
+) -> io::Result<()> {
     let specs = store.specs.iter().filter(|spec| selection.holds(spec));
     let views = specs.map(|spec| {
         (&spec.name, Values { shape: &spec.shape, values: &store.values[spec.range()] })
     });
-    let failed = |e: SafeTensorError| Error::Failed(format!("{}: {e}", path.display()));
-    let bytes = safetensors::serialize(views, None).map_err(failed)?;
-    let (length, header) = SafeTensors::read_metadata(&bytes).map_err(failed)?;
+    let bytes = safetensors::serialize(views, None).map_err(io::Error::other)?;
+    let (length, header) = SafeTensors::read_metadata(&bytes).map_err(io::Error::other)?;
     let header = sorted_header(&header, metadata);
-    files::write_atomic(path, |w| {
-        w.write_all(&(header.len() as u64).to_le_bytes())?;
-        w.write_all(&header)?;
-        w.write_all(&bytes[8 + length..])
-    })
+    w.write_all(&(header.len() as u64).to_le_bytes())?;
+    w.write_all(&header)?;
+    w.write_all(&bytes[8 + length..])
 }
 
 /// The crate keeps metadata in a hash map, whose order changes from run to run; here keys are

@@ -39,7 +39,7 @@ fn a_model_survives_its_file_bit_for_bit() {
     ];
     for config in configs {
         let mut model = Model::init(config, 7).unwrap();
-        model.classes[1] = "rüsch \"weg\"\n".into();
+        model.classes[1] = "rüsch \"weg\"\\".into();
         model.mean = [0.1, 1.0 / 3.0, 0.7];
         model.train_size = Some((480, 360));
         model.save(&path).unwrap();
@@ -98,7 +98,7 @@ fn counters_of_pytorch_are_passed_over() {
 fn a_wrong_file_gets_an_error_that_names_the_fault() {
     type Edit = fn(&mut String, &mut Vec<u8>);
     let folder = tempfile::tempdir().unwrap();
-    let cases: [(&str, Edit); 18] = [
+    let cases: [(&str, Edit); 19] = [
         ("cut off", |_, data| data.truncate(1000)),
         ("cut off", |_, data| data.push(0)),
         ("invalid JSON", |header, _| *header = "{\"stem\": ".into()),
@@ -111,6 +111,9 @@ fn a_wrong_file_gets_an_error_that_names_the_fault() {
         }),
         ("unknown field", |header, _| swap(header, "\\\"p\\\":1", "\\\"pp\\\":1")),
         ("classes", |header, _| swap(header, "\\\"class 0\\\",", "")),
+        ("names of one line, found \"class\\n0\"", |header, _| {
+            swap(header, "class 0", "class\\\\n0");
+        }),
         ("palette", |header, _| swap(header, "[0,128,0]", "[0,128]")),
         ("\"mean\"", |header, _| swap(header, "\"mean\":", "\"men\":")),
         ("\"std\"", |header, _| swap(header, "0.229", "0")),

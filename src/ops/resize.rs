@@ -110,7 +110,7 @@ impl Bilinear {
         self.columns.input
     }
 
-    /// Output row `y` of a plane.
+    /// Output row `y` of a plane: `plane` is input height x width, `out` one row of the output's width.
     pub fn row(&self, isa: Isa, plane: &[f32], y: usize, scratch: &mut [f32], out: &mut [f32]) {
         let w = self.columns.input;
         let (lo, hi) = (self.rows.lo[y] as usize, self.rows.hi[y] as usize);
@@ -121,7 +121,8 @@ impl Bilinear {
         self.columns.stretch(isa, blended, out);
     }
 
-    /// Adds the gradient of output row `y` to the gradient of the input plane.
+    /// Adds the gradient of output row `y`, one row of the output's width, to the gradient of the
+    /// input plane, input height x width.
     pub fn transpose_row(
         &self,
         isa: Isa,
@@ -221,7 +222,7 @@ pub fn argmax(isa: Isa, scores: View, out_h: usize, out_w: usize, labels: &mut [
     });
 }
 
-/// [`argmax`] over a dense NCHW array of logits.
+/// [`argmax`] over a dense NCHW array of logits of the given shape; labels are N x `out_h` x `out_w`.
 pub fn argmax_nchw(logits: &[f32], shape: Shape, out_h: usize, out_w: usize, labels: &mut [u8]) {
     argmax(Isa::detect(), View::dense(logits, shape), out_h, out_w, labels);
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use crate::backend::{AdamStep, Backend, Precision};
 use crate::error::{Error, Result};
 use crate::exec::{Inference, Training};
-use crate::graph::{Graph, Mode, ParamStore};
+use crate::graph::{Graph, Mode, ParamStore, check_input};
 use crate::model::Model;
 use crate::model::npy;
 use crate::model::tensors::{self, Selection, TensorFile, dimensions};
@@ -133,6 +133,7 @@ impl Input {
             return Err(Error::format(path, "shape N x 3 x H x W", dimensions(&shape)));
         };
         npy::check_finite(path, &values)?;
+        check_input(n, h, w).map_err(|e| e.blame_file(path, "an array that networks take"))?;
         Ok(Input { n, h, w, values })
     }
 }

@@ -27,11 +27,17 @@ pub struct Job {
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Finished {
     /// Folder of the run.
+    #[serde(serialize_with = "in_words")]
     pub folder: PathBuf,
     /// Settings it was made with.
     pub protocol: Protocol,
     /// Its last epoch.
     pub last: EpochRecord,
+}
+
+/// A path may hold what JSON cannot; serde's own way is to fail then.
+fn in_words<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 /// What is known of a job before any work.

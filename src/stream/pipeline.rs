@@ -49,6 +49,8 @@ pub struct Status {
     pub elapsed: Duration,
     /// From a frame read to its result written.
     pub latency: Latency,
+    /// Whether the reader of the output went away.
+    pub output_closed: bool,
 }
 
 /// One frame on its way, and its buffers.
@@ -88,8 +90,13 @@ pub fn run<W: Write + Send>(
     let (to_writer, from_network) = bounded(QUEUE);
     let (to_free, from_free) = bounded(BUFFERS);
     let shared = Arc::new(Shared::default());
-    let mut status =
-        Status { frames: 0, dropped: 0, elapsed: Duration::ZERO, latency: Latency::default() };
+    let mut status = Status {
+        frames: 0,
+        dropped: 0,
+        elapsed: Duration::ZERO,
+        latency: Latency::default(),
+        output_closed: false,
+    };
     if let Err(error) = check_memory(options.network) {
         return (status, Err(error));
     }
@@ -145,6 +152,7 @@ pub fn run<W: Write + Send>(
     status.dropped = shared.dropped.load(Ordering::Relaxed);
     status.elapsed = start.elapsed();
     let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    status.output_closed = matches!(written, Ok(Written::UntilClosed));
     (status, written.and(computed))
 }
 
@@ -305,22 +313,28 @@ impl Computing<'_, '_> {
     }
 }
 
+/// How the output ended, where it did without an error.
+enum Written {
+    ToTheEnd,
+    UntilClosed,
+}
+
 fn write_all<W: Write>(
     frames: &Receiver<Frame>,
     free: &Sender<Frame>,
     sink: &mut Sink<W>,
     mut written: impl FnMut(&Frame),
-) -> Result<()> {
+) -> Result<Written> {
     for frame in frames {
         match sink.write(&frame.photo, &frame.labels) {
             Ok(()) => {}
-            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(Written::UntilClosed),
             Err(e) => return Err(Error::io("cannot write", STDOUT, e)),
         }
         written(&frame);
         let _ = free.send(frame); // fails where the reader has ended
     }
-    Ok(())
+    Ok(Written::ToTheEnd)
 }
 
 #[cfg(test)]

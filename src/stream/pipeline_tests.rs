@@ -168,6 +168,48 @@ impl Write for Slow {
     }
 }
 
+/// Lets the output write a frame as soon as the one after the next is being read.
+struct Ahead(Pictures, mpsc::Sender<()>);
+
+impl Source for Ahead {
+    fn size(&self) -> (u32, u32) {
+        SIZE
+    }
+
+    fn next(&mut self, frame: &mut RgbImage) -> Result<bool> {
+        let last = self.0.next == self.0.count;
+        for _ in 0..if last { 2 } else { u64::from(self.0.next >= 2) } {
+            let _ = self.1.send(());
+        }
+        self.0.next(frame)
+    }
+}
+
+/// [`Slow`], but it gives up.
+struct Impatient(Mutex<mpsc::Receiver<()>>);
+
+impl Write for Impatient {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let told = self.0.lock().unwrap().recv_timeout(Duration::from_secs(20));
+        told.map(|()| bytes.len()).map_err(io::Error::other)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn the_next_frames_are_read_while_one_is_being_written() {
+    let model = model();
+    let (go, wait) = mpsc::channel();
+    let sink = Sink::new(Impatient(Mutex::new(wait)), FORMAT, &model.palette, SIZE).unwrap();
+    let source = Box::new(Ahead(pictures(12), go));
+    let (status, result) = run(source, &mut segmenter(&model), sink, options(false), |_| {});
+    result.unwrap();
+    assert_eq!(status.frames, 12);
+}
+
 #[test]
 fn a_live_source_never_waits_and_loses_the_oldest_frames() {
     let model = model();

@@ -51,10 +51,10 @@ impl ClassWeights {
                     .into(),
             ));
         }
-        Ok(self.from_counts(&counts))
+        Ok(self.of_counts(&counts))
     }
 
-    fn from_counts(self, counts: &[Count]) -> Vec<f32> {
+    fn of_counts(self, counts: &[Count]) -> Vec<f32> {
         let total = counts.iter().map(|count| count.own).sum::<u64>() as f64;
         let frequency = |count: &Count| count.own as f64 / count.around as f64;
         let mut sorted: Vec<f64> = counts.iter().filter(|c| c.own > 0).map(frequency).collect();
@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn rare_classes_weigh_more_and_the_mean_over_pixels_is_one() {
         for way in [ClassWeights::Log, ClassWeights::MedianFrequency] {
-            let weights = way.from_counts(&counts());
+            let weights = way.of_counts(&counts());
             assert!(weights[0] < weights[1] && weights[1] < weights[3], "{way:?} {weights:?}");
             assert_eq!(weights[2], 1.0, "{way:?}");
             assert!((mean(&weights) - 1.0).abs() < 1e-6, "{way:?} {weights:?}");
@@ -128,11 +128,11 @@ mod tests {
 
     #[test]
     fn weights_are_in_the_papers_proportions() {
-        let weights = ClassWeights::Log.from_counts(&counts());
+        let weights = ClassWeights::Log.of_counts(&counts());
         let expected = (1.02f64 + 0.9).ln() / (1.02f64 + 0.01).ln();
         assert!((f64::from(weights[3] / weights[0]) - expected).abs() < 1e-4, "{weights:?}");
         // Frequencies 0.9, 0.09 and 0.02; their median is 0.09.
-        let weights = ClassWeights::MedianFrequency.from_counts(&counts());
+        let weights = ClassWeights::MedianFrequency.of_counts(&counts());
         assert!((weights[1] / weights[0] - 10.0).abs() < 1e-4, "{weights:?}");
         assert!((weights[3] / weights[0] - 45.0).abs() < 1e-3, "{weights:?}");
     }

@@ -1,4 +1,6 @@
 //! Vector kernels over single planes: sums, affine maps, and the two passes of batch norm.
+//! All slices that a function takes are of one length; another one panics, since the shape rules
+//! of `ops` have spoken before.
 
 use super::simd::{Isa, Kernel, Simd};
 
@@ -206,7 +208,7 @@ impl GatedPtr {
     }
 }
 
-/// (sum of g, sum of g * (x - mean)): the two reductions of batch norm's backward.
+/// (sum of g, sum of g * (x - mean)) over a plane: the two reductions of batch norm's backward.
 pub fn norm_backward_sums(isa: Isa, g: Gated, x: &[f32], mean: f32) -> (f64, f64) {
     struct Sums(GatedPtr, *const f32, f32);
     impl Reduction for Sums {
@@ -236,7 +238,7 @@ pub struct NormBackward {
     pub slope: f32,
 }
 
-/// Writes (or adds to) dx.
+/// Writes dx by [`NormBackward`], or adds it to what is there; g, x and dx are one plane each.
 pub fn norm_backward(
     isa: Isa,
     g: Gated,
@@ -267,7 +269,7 @@ pub fn norm_backward(
     for_each(isa, x.len(), work);
 }
 
-/// out = g, or out += g.
+/// out = g, or out += g with `accumulate`, over a plane.
 pub fn pass_gated(isa: Isa, g: Gated, out: &mut [f32], accumulate: bool) {
     struct Pass(GatedPtr, *mut f32, bool);
     impl Elementwise for Pass {

@@ -66,11 +66,21 @@ pub struct Written {
 /// # Errors
 /// As [`export`]; [`Error::Io`] where the file cannot be written.
 pub fn write(path: &Path, model: &Model, options: &Options) -> Result<Written> {
+    let (bytes, written) = encode(model, options)?;
+    files::write_atomic(path, |w| w.write_all(&bytes))?;
+    Ok(written)
+}
+
+/// The bytes of [`write()`], for a pipe.
+///
+/// # Errors
+/// As [`export`].
+pub fn encode(model: &Model, options: &Options) -> Result<(Vec<u8>, Written)> {
     let onnx = export(model, options)?;
     let bytes = onnx.encode_to_vec();
-    files::write_atomic(path, |w| w.write_all(&bytes))?;
     let nodes = onnx.graph.map_or(0, |graph| graph.node.len());
-    Ok(Written { nodes, bytes: bytes.len() })
+    let written = Written { nodes, bytes: bytes.len() };
+    Ok((bytes, written))
 }
 
 /// The model as ONNX's messages. Classes, palette, mean, std and config stand in the metadata
