@@ -308,7 +308,7 @@ impl Test<'_> {
     /// records its commands must replay them to the same bits.
     fn inference(&mut self, case: &Case, rng: &mut ChaCha8Rng) -> Result<()> {
         let graph = Graph::fpenet(&case.config)?;
-        let params = random_params(&graph.params, rng);
+        let params = random_params(&graph.params, self.precision, rng);
         let (graph, params) = passes::for_inference(&graph, &params);
         let (mut cpu, mut gpu) = self.sides(&graph, &params, case, Mode::Logits)?;
         let input = self.rounded(normal(rng, case.n * 3 * case.h * case.w));
@@ -339,7 +339,8 @@ impl Test<'_> {
     /// Resize and argmax on the same random scores.
     fn labels(&mut self, case: &Case, rng: &mut ChaCha8Rng) -> Result<()> {
         let graph = Graph::fpenet(&case.config)?;
-        let (graph, params) = passes::for_inference(&graph, &random_params(&graph.params, rng));
+        let (graph, params) =
+            passes::for_inference(&graph, &random_params(&graph.params, self.precision, rng));
         let (mut cpu, mut gpu) = self.sides(&graph, &params, case, Mode::Labels)?;
         let scores = self.rounded(normal(rng, cpu.plan.logits.shape.len()));
         let pixels = case.n * case.h * case.w;
@@ -389,7 +390,7 @@ impl Test<'_> {
     /// Forward with batch statistics step by step, loss, every gradient, two Adam updates.
     fn training(&mut self, case: &Case, rng: &mut ChaCha8Rng) -> Result<()> {
         let graph = passes::for_training(&Graph::fpenet(&case.config)?);
-        let params = random_params(&graph.params, rng);
+        let params = random_params(&graph.params, self.precision, rng);
         let (mut cpu, mut gpu) = self.sides(&graph, &params, case, Mode::Training)?;
         let input = self.rounded(normal(rng, case.n * 3 * case.h * case.w));
         cpu.backend.write(&cpu.plan.input, &input)?;
@@ -435,10 +436,14 @@ impl Test<'_> {
                 let spec = &cpu.plan.params[id.0];
                 if spec.role.trainable() {
                     let range = spec.range();
-                    let comparison = part(&found, &expected, range);
-                    let tolerance = match self.precision {
-                        Precision::F32 => tolerance,
-                        Precision::F16 => TENSOR_OVER_WHOLE * tolerance,
+                    let (comparison, tolerance) = match self.precision {
+                        Precision::F32 => {
+                            let found = &found[range.clone()];
+                            (Comparison::relative_l2(found, &expected[range]), tolerance)
+                        }
+                        Precision::F16 => {
+                            (half_gradient(&found, &expected, range), TENSOR_OVER_WHOLE * tolerance)
+                        }
                     };
                     let place = format!("{}; {}", spec.name, case.name);
                     let name = format!("{} backward", step.op.kind());
@@ -461,10 +466,9 @@ impl Test<'_> {
     }
 }
 
-/// A part of the gradient, relative to its own norm, or to a thousandth of the whole gradient's where it
-/// is smaller: one that is nothing but cancellation, as that of a lone tap before a batch norm, leaves
-/// rounding alone, which in f32 is some 1e-7 of the whole.
-fn part(found: &[f32], expected: &[f32], range: Range<usize>) -> Comparison {
+/// One parameter's gradient in half precision, relative to its own norm, or to a thousandth of the whole
+/// gradient's where it is smaller: what is nothing but cancellation leaves rounding alone.
+fn half_gradient(found: &[f32], expected: &[f32], range: Range<usize>) -> Comparison {
     let norm = |values: &[f32]| values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
     let comparison = Comparison::relative_l2(&found[range.clone()], &expected[range.clone()]);
     let (own, least) = (norm(&expected[range]), 1e-3 * norm(expected));
@@ -474,19 +478,19 @@ fn part(found: &[f32], expected: &[f32], range: Range<usize>) -> Comparison {
     Comparison { error: comparison.error * own / least, ..comparison }
 }
 
-/// Least magnitude of a depthwise centre tap, about half a standard deviation. With dilations as large
-/// as the plane it is all that a convolution sees of its input; near zero it would leave batch norm
-/// nothing to normalise but roundings.
+/// Least magnitude of a depthwise centre tap in half precision, about half a standard deviation. With
+/// dilations as large as the plane it is all that a convolution sees of its input; near zero it would
+/// leave batch norm nothing to normalise but roundings.
 const CENTRE_TAP: f32 = 0.25;
 
-/// Initial weights, with depthwise centre taps kept away from zero, and everything that starts at 0 or
-/// 1 drawn from around there.
-fn random_params(specs: &[ParamSpec], rng: &mut ChaCha8Rng) -> ParamStore {
+/// Initial weights, in half precision with centre taps kept away from zero, and everything that starts
+/// at 0 or 1 drawn from around there.
+fn random_params(specs: &[ParamSpec], precision: Precision, rng: &mut ChaCha8Rng) -> ParamStore {
     let mut store = ParamStore::init(specs, rng.random());
     for spec in specs {
         let range = match spec.role {
             ParamRole::Weight { .. } => {
-                if spec.shape.ends_with(&[1, 3, 3]) {
+                if precision == Precision::F16 && spec.shape.ends_with(&[1, 3, 3]) {
                     for taps in store.values[spec.range()].chunks_exact_mut(9) {
                         taps[4] = taps[4].abs().max(CENTRE_TAP).copysign(taps[4]);
                     }

@@ -1,6 +1,6 @@
 //! Vector kernels over single planes: sums, affine maps, and the two passes of batch norm.
-//! All slices that a function takes are of one length; another one panics, since the shape rules
-//! of `ops` have spoken before.
+//! All slices that a function takes are of one length unless it says otherwise; another one panics,
+//! since the shape rules of `ops` have spoken before.
 
 use super::simd::{Isa, Kernel, Simd};
 
