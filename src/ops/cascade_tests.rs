@@ -238,7 +238,13 @@ fn running_statistics_take_in_the_batch() {
 fn folded_forward_elsewhere_and_in_place() {
     let tiny = Case { input: Shape::new(1, 4, 1, 1), ..CASES[4] };
     let tiny_strided = Case { input: Shape::new(3, 4, 1, 2), ..CASES[6] };
-    for case in CASES.into_iter().chain([tiny, tiny_strided]) {
+    // More chains than tasks, on up to eight threads; rows of every mix of vectors; planes past the
+    // size up to which a branch fills the next one's copy.
+    let many_chains = Case { input: Shape::new(2, 72, 5, 9), ..CASES[4] };
+    let wide = Case { input: Shape::new(1, 4, 10, 123), ..CASES[4] };
+    let large = Case { input: Shape::new(1, 4, 160, 170), ..CASES[4] };
+    let more = [tiny, tiny_strided, many_chains, wide, large];
+    for case in CASES.into_iter().chain(more) {
         let inputs = case.operands(21);
         let (expected, _) = case.naive(&inputs, false);
         let [weights, biases] = [0, 2].map(|i| parameters(&inputs, i));

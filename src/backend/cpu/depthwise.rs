@@ -5,6 +5,9 @@
 //! walked down at a time, in steps of the dilation: the three taps of an input row serve three
 //! outputs, which makes three loads of the nine. With stride 2 the copy's rows are split into even
 //! and odd columns, which turns the strided taps into contiguous loads as well.
+//!
+//! Of a chain of convolutions each can fill the next one's copy in passing ([`Onward`]): a sum that is
+//! in a register need not be read again.
 
 use super::planes;
 use super::simd::{Isa, Kernel, Simd};
@@ -21,6 +24,8 @@ pub struct Padded {
     w: usize,
     dilation: usize,
     stride: usize,
+    /// Rows of zeros above and below, and columns at least on either side.
+    margin: usize,
     pitch: usize,
     /// Columns before the plane's first one.
     left: usize,
@@ -40,13 +45,20 @@ impl Padded {
             1 => (left + w + dilation + SLACK).next_multiple_of(LINE),
             _ => 2 * odd,
         };
-        Padded { h, w, dilation, stride, pitch, left, odd }
+        Padded { h, w, dilation, stride, margin: dilation, pitch, left, odd }
+    }
+
+    /// The same copy, with stride 1, seen by a convolution of a smaller dilation: all links of a chain
+    /// can use one border.
+    pub fn with_dilation(self, dilation: usize) -> Self {
+        assert!(self.stride == 1 && dilation <= self.margin);
+        Padded { dilation, ..self }
     }
 
     /// Elements of the padded copy.
     #[allow(clippy::len_without_is_empty)] // never empty
     pub fn len(&self) -> usize {
-        (self.h + 2 * self.dilation) * self.pitch + SLACK
+        (self.h + 2 * self.margin) * self.pitch + SLACK
     }
 
     /// Height and width of the output.
@@ -57,7 +69,7 @@ impl Padded {
     /// Zeroes the border, and the slack behind the rows: once per use of the memory, since
     /// filling writes the interior only.
     pub fn clear_border(&self, copy: &mut [f32]) {
-        let (d, pitch) = (self.dilation, self.pitch);
+        let (d, pitch) = (self.margin, self.pitch);
         let copy = &mut copy[..self.len()];
         let interior = d * pitch..(d + self.h) * pitch;
         copy[..interior.start].fill(0.0);
@@ -91,7 +103,7 @@ impl Padded {
             return unsafe { isa.run(FillRows { geometry: self, x: x.as_ptr(), y, copy }) };
         }
         assert!(y.is_none(), "strided branches are not added to");
-        let (d, w) = (self.dilation, self.w);
+        let (d, w) = (self.margin, self.w);
         for (row, source) in x.chunks_exact(w).enumerate() {
             // Even columns go to the phase of d's parity, odd ones to the other.
             let (even, odd) = copy[(row + d) * self.pitch..][..self.pitch].split_at_mut(self.odd);
@@ -109,13 +121,36 @@ impl Padded {
                 1 => self.left - self.dilation + column,
                 _ => column / 2 + (column & 1) * self.odd,
             };
-            row * self.pitch + column
+            (self.margin - self.dilation + row) * self.pitch + column
         })
     }
 
     /// `out[r][c] = relu(bias + sum_t w[t] * tap_t(r, c))`.
     pub fn convolve(&self, isa: Isa, copy: &[f32], weights: &[f32], bias: f32, out: &mut [f32]) {
-        let after = After { bias, relu: true, accumulate: false };
+        let after = After { bias, relu: true, ..After::default() };
+        self.run_convolution(isa, copy, weights, after, out);
+    }
+
+    /// [`Padded::convolve`] as a link of a chain (stride 1).
+    pub fn convolve_onward(
+        &self,
+        isa: Isa,
+        copy: &[f32],
+        weights: &[f32],
+        bias: f32,
+        out: &mut [f32],
+        onward: Onward,
+    ) {
+        assert!(self.stride == 1);
+        let Onward { next, ahead } = onward;
+        let (add, next) = match next {
+            Some((x, copy)) => {
+                assert!(x.len() == out.len() && copy.len() >= self.len());
+                (x.as_ptr(), copy.as_mut_ptr())
+            }
+            None => (std::ptr::null(), std::ptr::null_mut()),
+        };
+        let after = After { bias, relu: true, accumulate: false, add, next, ahead };
         self.run_convolution(isa, copy, weights, after, out);
     }
 
@@ -166,7 +201,7 @@ struct FillRows<'a> {
 impl Kernel for FillRows<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let (d, w, pitch) = (self.geometry.dilation, self.geometry.w, self.geometry.pitch);
+        let (d, w, pitch) = (self.geometry.margin, self.geometry.w, self.geometry.pitch);
         for row in 0..self.geometry.h {
             unsafe {
                 let target = self.copy.add((row + d) * pitch + self.geometry.left);
@@ -186,19 +221,39 @@ impl Kernel for FillRows<'_> {
     }
 }
 
+/// What a link of a chain does for those behind it.
+pub struct Onward<'a> {
+    /// The next link's own operand and its copy: the sum of the operand and what is written here goes
+    /// into the copy's interior.
+    pub next: Option<(&'a [f32], &'a mut [f32])>,
+    /// A plane that will be read soon: asked for while this one is worked on.
+    pub ahead: &'a [f32],
+}
+
 /// What is done to a sum of taps.
-#[derive(Clone, Copy, Default)]
-struct After {
+#[derive(Clone, Copy)]
+struct After<'a> {
     bias: f32,
     relu: bool,
     accumulate: bool,
+    /// Operand of the next link and its copy, or null.
+    add: *const f32,
+    next: *mut f32,
+    ahead: &'a [f32],
+}
+
+impl Default for After<'_> {
+    fn default() -> Self {
+        let (add, next) = (std::ptr::null(), std::ptr::null_mut());
+        After { bias: 0.0, relu: false, accumulate: false, add, next, ahead: &[] }
+    }
 }
 
 struct Convolve<'a> {
     geometry: &'a Padded,
     copy: *const f32,
     w: [f32; 9],
-    after: After,
+    after: After<'a>,
     out: *mut f32,
 }
 
@@ -207,9 +262,10 @@ impl Kernel for Convolve<'_> {
     unsafe fn run<S: Simd>(self) {
         unsafe {
             match self.geometry.stride {
-                // Nine weights and three sums of one column take 15 of AVX2's 16 registers.
-                1 if S::LANES == 16 => self.walk::<S, 2>(),
-                1 => self.walk::<S, 1>(),
+                // Nine weights and three sums and a load of one column take 15 of AVX2's 16
+                // registers; of four columns, 24 of AVX-512's 32.
+                1 if S::LANES == 16 => self.walk::<S, 4, 2>(),
+                1 => self.walk::<S, 1, 1>(),
                 _ => self.rows::<S>(),
             }
         }
@@ -235,24 +291,45 @@ impl Convolve<'_> {
         }
     }
 
-    /// Stride 1: columns of NV vectors, walked down in steps of the dilation.
+    /// Stride 1: columns of MANY vectors, where the width leaves fewer of FEW, walked down in steps of
+    /// the dilation. Wide columns fetch fewer lines twice: the taps reach into the next line.
     #[inline(always)]
-    unsafe fn walk<S: Simd, const NV: usize>(&self) {
+    unsafe fn walk<S: Simd, const MANY: usize, const FEW: usize>(&self) {
         let g = self.geometry;
         unsafe {
             let w = self.weights::<S>();
-            let step = NV * S::LANES;
-            for start in 0..g.dilation.min(g.h) {
+            let starts = g.dilation.min(g.h);
+            let parts = starts * g.w.div_ceil(MANY * S::LANES);
+            let mut part = 0;
+            for start in 0..starts {
                 let mut col = 0;
-                while col + step <= g.w {
-                    self.column::<S, NV>(&w, start, col, S::LANES);
-                    col += step;
-                }
                 while col < g.w {
-                    self.column::<S, 1>(&w, start, col, (g.w - col).min(S::LANES));
-                    col += S::LANES;
+                    self.fetch::<S>(part, parts);
+                    part += 1;
+                    let whole = (g.w - col) / S::LANES;
+                    let vectors = if whole >= MANY {
+                        self.column::<S, MANY>(&w, start, col, S::LANES);
+                        MANY
+                    } else if whole >= FEW {
+                        self.column::<S, FEW>(&w, start, col, S::LANES);
+                        FEW
+                    } else {
+                        self.column::<S, 1>(&w, start, col, (g.w - col).min(S::LANES));
+                        1
+                    };
+                    col += vectors * S::LANES;
                 }
             }
+        }
+    }
+
+    /// The `part`-th of `parts` shares of the plane ahead on its way into the cache.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd>(&self, part: usize, parts: usize) {
+        let lines = self.after.ahead.len() / LINE;
+        let end = ((part + 1) * lines / parts).min(lines);
+        for line in part * lines / parts..end {
+            unsafe { S::prefetch(self.after.ahead.as_ptr().wrapping_add(line * LINE)) }
         }
     }
 
@@ -273,7 +350,8 @@ impl Convolve<'_> {
             // Sums of the outputs two rows (in steps) and one row above the input row at hand.
             let mut above = [zero; NV];
             let mut same = [zero; NV];
-            let mut source = self.copy.add(start * g.pitch + g.left - d + col);
+            let first = start + g.margin - d;
+            let mut source = self.copy.add(first * g.pitch + g.left - d + col);
             let mut input = start;
             while input < g.h + 2 * d {
                 let mut done = [zero; NV];
@@ -340,6 +418,12 @@ impl Convolve<'_> {
                 y = y.add(S::load_up_to(out, lanes));
             }
             y.store_up_to(out, lanes);
+            if !self.after.next.is_null() {
+                let g = self.geometry;
+                let next = self.after.next.add((row + g.margin) * g.pitch + g.left + col);
+                y.add(S::load_up_to(self.after.add.add(row * width + col), lanes))
+                    .store_up_to(next, lanes);
+            }
         }
     }
 }

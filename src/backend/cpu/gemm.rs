@@ -277,7 +277,11 @@ impl TileKernel<'_> {
                     self.fetch::<S>(strip * panels + panel, strips * panels);
                     let w = weights.data.as_ptr().add(row * k);
                     let x = self.x.add(first * k);
-                    let kept = self.kept.wrapping_add(first * m + row * nr);
+                    let kept = if self.kept.is_null() {
+                        self.kept
+                    } else {
+                        self.kept.add(first * m + row * nr)
+                    };
                     let unpacked = self.rows.filter(|_| panel == 0);
                     let rows =
                         unpacked.map(|rows| Rows { base: rows.base.wrapping_add(first), ..rows });
@@ -295,7 +299,7 @@ impl TileKernel<'_> {
         }
     }
 
-    /// The `part`-th of `parts` shares of the next tile's rows on their way into the cache.
+    /// The `part`-th of `parts` shares of a later tile's rows on their way into the cache.
     #[inline(always)]
     unsafe fn fetch<S: Simd>(&self, part: usize, parts: usize) {
         let Some(ahead) = &self.ahead else { return };
@@ -306,46 +310,101 @@ impl TileKernel<'_> {
         }
     }
 
-    /// A register block of ROWS x NR: product, then bias, residual, ReLU and store.
+    /// A register block of ROWS x NR: product, then residual, ReLU and store. The sums stay in
+    /// registers until they are stored: each question is asked once for all of them.
     #[inline(always)]
     unsafe fn block<S: Simd, const NV: usize, const ROWS: usize>(&self, at: Block) {
         let Block { w, x, rows, row, pixels, kept } = at;
-        let e = &self.product.epilogue;
+        let (e, k) = (&self.product.epilogue, self.product.weights.k);
+        let out = e.out.wrapping_add(row * e.out_stride + pixels.start);
+        let residual = e.residual.wrapping_add(row * e.residual_stride + pixels.start);
         unsafe {
+            for (i, j) in (0..ROWS).flat_map(|i| (0..NV).map(move |j| (i, j))) {
+                S::prefetch_write(out.wrapping_add(i * e.out_stride + j * S::LANES));
+            }
             if !e.residual.is_null() {
                 for (i, j) in (0..ROWS).flat_map(|i| (0..NV).map(move |j| (i, j))) {
-                    let at = (row + i) * e.residual_stride + pixels.start + j * S::LANES;
-                    S::prefetch(e.residual.wrapping_add(at));
+                    S::prefetch(residual.wrapping_add(i * e.residual_stride + j * S::LANES));
                 }
             }
-            let acc = match rows {
+            let bias = |i: usize| if e.bias.is_null() { 0.0 } else { *e.bias.add(row + i) };
+            let acc = std::array::from_fn(|i| [S::splat(bias(i)); NV]);
+            let mut acc = match rows {
                 // The first panel is a whole one if others follow; else nobody needs the packed tile.
-                Some(rows) if ROWS == MR => product_of_rows::<S, NV, ROWS, true>(w, rows, x),
-                Some(rows) => product_of_rows::<S, NV, ROWS, false>(w, rows, x),
-                None => product::<S, NV, ROWS>(w, x, self.product.weights.k),
+                Some(rows) if ROWS == MR => product::<S, NV, ROWS, true>(acc, w, rows, x),
+                Some(rows) => product::<S, NV, ROWS, false>(acc, w, rows, x),
+                None => {
+                    let rows = Rows { base: x, count: k, stride: NV * S::LANES };
+                    product::<S, NV, ROWS, false>(acc, w, rows, x)
+                }
             };
-            for (i, vectors) in acc.iter().enumerate() {
-                let bias = S::splat(if e.bias.is_null() { 0.0 } else { *e.bias.add(row + i) });
-                let out = e.out.add((row + i) * e.out_stride + pixels.start);
-                let residual =
-                    e.residual.wrapping_add((row + i) * e.residual_stride + pixels.start);
-                for (j, &v) in vectors.iter().enumerate() {
-                    let at = j * S::LANES;
-                    let lanes = pixels.valid.saturating_sub(at).min(S::LANES);
-                    let mut y = v.add(bias);
-                    if !e.residual.is_null() {
-                        y = y.add(S::load_up_to(residual.wrapping_add(at), lanes));
-                    }
-                    if e.relu {
-                        y = S::zero().max(y);
-                    }
-                    y.store_up_to(out.wrapping_add(at), lanes);
-                    if !self.kept.is_null() {
-                        // Past the plane's end too: finite, and never looked at.
-                        y.store(kept.add((i * NV + j) * S::LANES));
+            if pixels.valid < NV * S::LANES {
+                let mut sums = [0.0; MR * TILE];
+                store(&acc, sums.as_mut_ptr(), NV * S::LANES);
+                self.finish_partial(&mut sums[..ROWS * NV * S::LANES], at);
+                return;
+            }
+            if !e.residual.is_null() {
+                for (i, sums) in acc.iter_mut().enumerate() {
+                    for (j, sum) in sums.iter_mut().enumerate() {
+                        *sum = sum.add(S::load(residual.add(i * e.residual_stride + j * S::LANES)));
                     }
                 }
             }
+            if e.relu {
+                for sums in acc.iter_mut() {
+                    for sum in sums {
+                        *sum = S::zero().max(*sum);
+                    }
+                }
+            }
+            store(&acc, out, e.out_stride);
+            if !kept.is_null() {
+                store(&acc, kept, NV * S::LANES);
+            }
+        }
+    }
+
+    /// The same for a strip that ends outside the plane, from the sums of its rows: one strip of a
+    /// plane at most, and out of the way of the others.
+    #[inline(never)]
+    unsafe fn finish_partial(&self, sums: &mut [f32], at: Block) {
+        let Block { row, pixels, kept, .. } = at;
+        let e = &self.product.epilogue;
+        let rows = self.product.weights.m.min(row + MR) - row;
+        for (i, sums) in sums.chunks_exact_mut(sums.len() / rows).enumerate() {
+            let out = e.out.wrapping_add((row + i) * e.out_stride + pixels.start);
+            let residual = e.residual.wrapping_add((row + i) * e.residual_stride + pixels.start);
+            for (p, sum) in sums[..pixels.valid].iter_mut().enumerate() {
+                unsafe {
+                    if !e.residual.is_null() {
+                        *sum += *residual.add(p);
+                    }
+                    // Not f32::max, which drops a NaN.
+                    if e.relu && *sum <= 0.0 {
+                        *sum = 0.0;
+                    }
+                    *out.add(p) = *sum;
+                }
+            }
+            if !kept.is_null() {
+                // Past the plane's end too: finite, and never looked at.
+                unsafe { kept.add(i * sums.len()).copy_from(sums.as_ptr(), sums.len()) }
+            }
+        }
+    }
+}
+
+/// Writes the rows of a register block to memory.
+#[inline(always)]
+unsafe fn store<S: Simd, const NV: usize, const ROWS: usize>(
+    sums: &[[S; NV]; ROWS],
+    out: *mut f32,
+    stride: usize,
+) {
+    for (i, sums) in sums.iter().enumerate() {
+        for (j, sum) in sums.iter().enumerate() {
+            unsafe { sum.store(out.add(i * stride + j * S::LANES)) }
         }
     }
 }
@@ -372,44 +431,17 @@ struct Pixels {
     valid: usize,
 }
 
-/// ROWS x NR register block: sum over k of w[k][i] * x[k][j].
+/// ROWS x NR register block: `acc[i][j] + sum over k of w[k][i] * x[k][j]`. With PACK the strip of x
+/// is packed for the panels to come: what the processor waits for is hidden behind the products.
 #[inline(always)]
-unsafe fn product<S: Simd, const NV: usize, const ROWS: usize>(
-    mut w: *const f32,
-    mut x: *const f32,
-    k: usize,
-) -> [[S; NV]; ROWS] {
-    unsafe {
-        let mut acc = [[S::zero(); NV]; ROWS];
-        for _ in 0..k {
-            let mut columns = [S::zero(); NV];
-            for (j, c) in columns.iter_mut().enumerate() {
-                *c = S::load(x.add(j * S::LANES));
-            }
-            for (i, row) in acc.iter_mut().enumerate() {
-                let weight = S::splat(*w.add(i));
-                for (a, c) in row.iter_mut().zip(columns) {
-                    *a = weight.mul_add(c, *a);
-                }
-            }
-            w = w.add(MR);
-            x = x.add(NV * S::LANES);
-        }
-        acc
-    }
-}
-
-/// [`product`] with a strip that is read where it lies, and with PACK packed for the panels to come:
-/// what the processor waits for is hidden behind the products.
-#[inline(always)]
-unsafe fn product_of_rows<S: Simd, const NV: usize, const ROWS: usize, const PACK: bool>(
+unsafe fn product<S: Simd, const NV: usize, const ROWS: usize, const PACK: bool>(
+    mut acc: [[S; NV]; ROWS],
     mut w: *const f32,
     rows: Rows,
     mut packed: *mut f32,
 ) -> [[S; NV]; ROWS] {
     unsafe {
         let mut x = rows.base;
-        let mut acc = [[S::zero(); NV]; ROWS];
         for _ in 0..rows.count {
             let mut columns = [S::zero(); NV];
             for (j, c) in columns.iter_mut().enumerate() {
@@ -426,7 +458,9 @@ unsafe fn product_of_rows<S: Simd, const NV: usize, const ROWS: usize, const PAC
             }
             w = w.add(MR);
             x = x.wrapping_add(rows.stride);
-            packed = packed.add(NV * S::LANES);
+            if PACK {
+                packed = packed.add(NV * S::LANES);
+            }
         }
         acc
     }

@@ -145,6 +145,11 @@ pub trait Simd: Copy {
     unsafe fn prefetch(p: *const f32) {
         let _ = p;
     }
+    /// Asks for the cache line at `p`, which may be any address, to be written soon.
+    #[inline(always)]
+    unsafe fn prefetch_write(p: *mut f32) {
+        let _ = p;
+    }
     /// The first `n` lanes from memory, a whole vector where that is all.
     #[inline(always)]
     unsafe fn load_up_to(p: *const f32, n: usize) -> Self {
@@ -253,6 +258,14 @@ mod x86 {
     use super::Simd;
     use std::arch::x86_64::*;
 
+    /// PREFETCHW, for which there is no intrinsic that every build of AVX2 or AVX-512 honours. The
+    /// processors that have either set have it, or take it for a no-op.
+    #[inline(always)]
+    unsafe fn prefetch_to_own(p: *mut f32) {
+        use std::arch::asm;
+        unsafe { asm!("prefetchw [{}]", in(reg) p, options(nostack, preserves_flags)) }
+    }
+
     #[derive(Clone, Copy)]
     pub struct F32x8(__m256);
 
@@ -261,6 +274,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn prefetch(p: *const f32) {
             unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch_write(p: *mut f32) {
+            unsafe { prefetch_to_own(p) }
         }
         #[inline(always)]
         unsafe fn load(p: *const f32) -> Self {
@@ -330,6 +347,12 @@ mod x86 {
         }
     }
 
+    /// A mask of the first n of 16 lanes.
+    #[inline(always)]
+    fn first_lanes(n: usize) -> __mmask16 {
+        ((1u32 << n) - 1) as __mmask16
+    }
+
     #[derive(Clone, Copy)]
     pub struct F32x16(__m512);
 
@@ -340,12 +363,24 @@ mod x86 {
             unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
         }
         #[inline(always)]
+        unsafe fn prefetch_write(p: *mut f32) {
+            unsafe { prefetch_to_own(p) }
+        }
+        #[inline(always)]
         unsafe fn load(p: *const f32) -> Self {
             F32x16(unsafe { _mm512_loadu_ps(p) })
         }
         #[inline(always)]
         unsafe fn store(self, p: *mut f32) {
             unsafe { _mm512_storeu_ps(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn load_first(p: *const f32, n: usize) -> Self {
+            F32x16(unsafe { _mm512_maskz_loadu_ps(first_lanes(n), p) })
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, p: *mut f32, n: usize) {
+            unsafe { _mm512_mask_storeu_ps(p, first_lanes(n), self.0) }
         }
         #[inline(always)]
         unsafe fn splat(x: f32) -> Self {
