@@ -145,6 +145,18 @@ def photo(content: bytes) -> np.ndarray:
     return ((np.asarray(rgb, np.float32) / 255 - mean) / std).transpose(2, 0, 1)[None]
 
 
+def check_half_types(report: Report, binary: Path, folder: Path) -> None:
+    """f16 inside, the types of the file outside: buffers of a caller fit both."""
+    trt = recipe.trt
+    for option, output in ([], trt.float32), (["--argmax"], trt.int64):
+        network = recipe.Model(recipe.half(export(binary, folder / "half.onnx", *option)), "f16").network
+        layers = map(network.get_layer, range(network.num_layers))
+        inside = {layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONVOLUTION}
+        found = (network.get_input(0).dtype, *inside, network.get_output(0).dtype)
+        report.line(found == (trt.float32, trt.float16, output),
+                    f"f16 file, {network.get_output(0).name}: types {', '.join(t.name for t in found)}")
+
+
 def check_bundled(report: Report, binary: Path, folder: Path) -> None:
     """The bundled weights: engines for every card this TensorRT knows, f16 against f32."""
     content = export(binary, folder / "bundled.onnx", "--model", BUNDLED, "--argmax")
@@ -252,6 +264,7 @@ def main() -> int:
                     images.append(rng.standard_normal(size, dtype=np.float32))
                 check_files(report, args.fpenet, model.parent.name, model, images, folder)
             check_bundled(report, args.fpenet, folder)
+            check_half_types(report, args.fpenet, folder)
             check_recipe(report, args.fpenet, folder)
             check_refusals(report, args.fpenet, folder)
     print(f"{report.passed} checks passed, {report.failed} failed")

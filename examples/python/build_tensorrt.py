@@ -86,15 +86,18 @@ def capability(target: str) -> trt.ComputeCapability:
 
 
 def half(content: bytes) -> bytes:
-    """The file in f16, input and output excepted; the resizes stay in f32."""
+    """The file in f16, input and output excepted."""
     try:
         import onnx
-        from onnxconverter_common.float16 import convert_float_to_float16
+        from onnxconverter_common.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     except ImportError as error:
         raise Failed(f"--half: {error}: pip install onnx onnxconverter-common") from error
+    # By default the converter leaves resizes in f32, and then loses the cast that brings logits back to it.
+    in_f32 = [kind for kind in DEFAULT_OP_BLOCK_LIST if kind != "Resize"]
     try:
         model = onnx.load_model_from_string(content)
-        return convert_float_to_float16(model, keep_io_types=True).SerializeToString()
+        model = convert_float_to_float16(model, keep_io_types=True, op_block_list=in_f32)
+        return model.SerializeToString()
     except Exception as error:  # protobuf's for what is no ONNX, ValueError for what is in f16 already
         raise Failed(f"--half: the file does not convert: {' '.join(str(error).split())}") from error
 
