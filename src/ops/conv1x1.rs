@@ -82,7 +82,7 @@ pub fn forward_pair(isa: Isa, x: View, first: Pointwise, second: Pointwise) {
         PackedWeights::new(second.weight, out, between),
     ];
     gemm::for_runs(x.shape(), |image, pixels| {
-        let planes = Planes { base: x.image(image), k: inp, stride: x.plane_stride() };
+        let planes = planes_of(x, image);
         let [first, second] =
             [(&weights[0], &first), (&weights[1], &second)].map(|(weights, p)| Product {
                 weights,
@@ -104,11 +104,17 @@ fn multiply(
     y: ViewMut,
 ) {
     gemm::for_runs(y.shape(), |image, pixels| {
-        let planes = Planes { base: x.image(image), k: x.shape().c, stride: x.plane_stride() };
+        let planes = planes_of(x, image);
         let epilogue = epilogue(image, bias, residual, act, y);
         // Every task owns its pixels of all output planes.
         unsafe { gemm::multiply(isa, &planes, pixels, Product { weights: w, epilogue }, None) }
     });
+}
+
+/// The channels of one image as the operand of a product.
+fn planes_of(x: View, image: usize) -> Planes {
+    let (shape, stride) = (x.shape(), x.plane_stride());
+    Planes { base: x.image(image), k: shape.c, stride, pixels: shape.plane() }
 }
 
 /// What follows a product for one image: bias, residual and ReLU into the planes of `y`.

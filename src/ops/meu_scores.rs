@@ -98,6 +98,7 @@ impl MeuScores {
                     base: x.image(n).wrapping_add(start),
                     k: high.c,
                     stride: x.plane_stride(),
+                    pixels: high.plane() - start,
                 };
                 let epilogue = Epilogue {
                     out: y.image(n).wrapping_add(start),

@@ -148,15 +148,20 @@ fn map_of(small: Shape, large: Shape) -> Bilinear {
 
 /// Resizes every plane: N x C x h x w -> N x C x H x W.
 pub fn forward(isa: Isa, x: View, y: ViewMut) {
+    /// Rows of a task: planes are too few to share out evenly.
+    const BAND: usize = 32;
     let map = map_of(x.shape(), y.shape());
-    let (channels, w) = (x.shape().c, y.shape().w);
-    (0..x.shape().n * channels).into_par_iter().for_each(|i| {
-        let (n, c) = (i / channels, i % channels);
-        // One task per plane.
-        let out = unsafe { y.plane_mut(n, c) };
+    let (channels, h, w) = (x.shape().c, y.shape().h, y.shape().w);
+    let bands = h.div_ceil(BAND);
+    (0..x.shape().n * channels * bands).into_par_iter().for_each(|task| {
+        let (n, c) = (task / bands / channels, task / bands % channels);
+        let first = task % bands * BAND;
+        let rows = BAND.min(h - first);
+        // One task per band of a plane.
+        let out = unsafe { y.pixels_mut(n, c, first * w..(first + rows) * w) };
         with_scratch(map.scratch_len(), |scratch| {
             for (row, out) in out.chunks_mut(w).enumerate() {
-                map.row(isa, x.plane(n, c), row, scratch, out);
+                map.row(isa, x.plane(n, c), first + row, scratch, out);
             }
         });
     });

@@ -48,8 +48,13 @@ impl PackedWeights {
     fn from_fn(m: usize, k: usize, at: impl Fn(usize, usize) -> f32) -> Self {
         let panels = m.div_ceil(MR);
         let mut data = vec![0.0; panels * k * MR];
-        for (row, col) in (0..m).flat_map(|r| (0..k).map(move |c| (r, c))) {
-            data[(row / MR * k + col) * MR + row % MR] = at(row, col);
+        for (panel, data) in data.chunks_exact_mut((k * MR).max(1)).enumerate() {
+            let rows = MR.min(m - panel * MR);
+            for (col, data) in data.chunks_exact_mut(MR).enumerate() {
+                for (i, value) in data[..rows].iter_mut().enumerate() {
+                    *value = at(panel * MR + i, col);
+                }
+            }
         }
         PackedWeights { data, m, k }
     }
@@ -60,7 +65,7 @@ pub trait TileSource: Sync {
     /// Writes `packed[(strip * k + row) * nr ..][..nr]`; pixels past the end must be finite.
     fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]);
 
-    /// Where the rows of the tile at `start` lie, if they are in memory as they are.
+    /// Where the rows of the tile at `start` lie, if the whole tile is in memory as it is.
     fn rows(&self, start: usize) -> Option<Rows> {
         let _ = start;
         None
@@ -75,6 +80,10 @@ pub struct Rows {
     stride: usize,
 }
 
+impl Rows {
+    const NONE: Rows = Rows { base: std::ptr::null(), count: 0, stride: 0 };
+}
+
 /// K planes at a fixed stride.
 pub struct Planes {
     /// First plane.
@@ -83,6 +92,9 @@ pub struct Planes {
     pub k: usize,
     /// Elements between planes.
     pub stride: usize,
+    /// Pixels from `base` to the planes' end, the range to be multiplied and what follows it: the
+    /// next range that a thread is given is mostly the one behind, and is asked for ahead of time.
+    pub pixels: usize,
 }
 
 unsafe impl Sync for Planes {}
@@ -97,7 +109,8 @@ impl TileSource for Planes {
     }
 
     fn rows(&self, start: usize) -> Option<Rows> {
-        Some(Rows { base: self.base.wrapping_add(start), count: self.k, stride: self.stride })
+        let rows = Rows { base: self.base.wrapping_add(start), count: self.k, stride: self.stride };
+        (start + TILE <= self.pixels).then_some(rows)
     }
 }
 
@@ -209,8 +222,7 @@ pub unsafe fn multiply(
                 source.pack(isa, start, count, nr, packed);
             }
             // Two tiles ahead: the next one has been asked for already.
-            let following = start + 2 * TILE;
-            let ahead = if following < range.end { source.rows(following) } else { None };
+            let ahead = source.rows(start + 2 * TILE);
             let x = packed.as_mut_ptr();
             let tile = TileKernel { product: &first, x, rows, start, count, kept, ahead };
             unsafe { isa.run(tile) }
@@ -274,7 +286,7 @@ impl TileKernel<'_> {
             for panel in 0..panels {
                 let row = panel * MR;
                 unsafe {
-                    self.fetch::<S>(strip * panels + panel, strips * panels);
+                    let ahead = self.share(strip * panels + panel, strips * panels);
                     let w = weights.data.as_ptr().add(row * k);
                     let x = self.x.add(first * k);
                     let kept = if self.kept.is_null() {
@@ -285,7 +297,7 @@ impl TileKernel<'_> {
                     let unpacked = self.rows.filter(|_| panel == 0);
                     let rows =
                         unpacked.map(|rows| Rows { base: rows.base.wrapping_add(first), ..rows });
-                    let at = Block { w, x, rows, row, pixels, kept };
+                    let at = Block { w, x, rows, row, pixels, kept, ahead };
                     match m - row {
                         1 => self.block::<S, NV, 1>(at),
                         2 => self.block::<S, NV, 2>(at),
@@ -299,22 +311,20 @@ impl TileKernel<'_> {
         }
     }
 
-    /// The `part`-th of `parts` shares of a later tile's rows on their way into the cache.
+    /// The `part`-th of `parts` shares of a later tile's rows.
     #[inline(always)]
-    unsafe fn fetch<S: Simd>(&self, part: usize, parts: usize) {
-        let Some(ahead) = &self.ahead else { return };
-        for row in part * ahead.count / parts..(part + 1) * ahead.count / parts {
-            for line in 0..TILE / 16 {
-                unsafe { S::prefetch(ahead.base.wrapping_add(row * ahead.stride + 16 * line)) }
-            }
-        }
+    fn share(&self, part: usize, parts: usize) -> Rows {
+        let Some(ahead) = self.ahead else { return Rows::NONE };
+        let first = part * ahead.count / parts;
+        let count = (part + 1) * ahead.count / parts - first;
+        Rows { base: ahead.base.wrapping_add(first * ahead.stride), count, ..ahead }
     }
 
     /// A register block of ROWS x NR: product, then residual, ReLU and store. The sums stay in
     /// registers until they are stored: each question is asked once for all of them.
     #[inline(always)]
     unsafe fn block<S: Simd, const NV: usize, const ROWS: usize>(&self, at: Block) {
-        let Block { w, x, rows, row, pixels, kept } = at;
+        let Block { w, x, rows, row, pixels, kept, ahead } = at;
         let (e, k) = (&self.product.epilogue, self.product.weights.k);
         let out = e.out.wrapping_add(row * e.out_stride + pixels.start);
         let residual = e.residual.wrapping_add(row * e.residual_stride + pixels.start);
@@ -331,11 +341,11 @@ impl TileKernel<'_> {
             let acc = std::array::from_fn(|i| [S::splat(bias(i)); NV]);
             let mut acc = match rows {
                 // The first panel is a whole one if others follow; else nobody needs the packed tile.
-                Some(rows) if ROWS == MR => product::<S, NV, ROWS, true>(acc, w, rows, x),
-                Some(rows) => product::<S, NV, ROWS, false>(acc, w, rows, x),
+                Some(rows) if ROWS == MR => product::<S, NV, ROWS, true>(acc, w, rows, x, ahead),
+                Some(rows) => product::<S, NV, ROWS, false>(acc, w, rows, x, ahead),
                 None => {
                     let rows = Rows { base: x, count: k, stride: NV * S::LANES };
-                    product::<S, NV, ROWS, false>(acc, w, rows, x)
+                    product::<S, NV, ROWS, false>(acc, w, rows, x, ahead)
                 }
             };
             if pixels.valid < NV * S::LANES {
@@ -422,6 +432,8 @@ struct Block {
     row: usize,
     pixels: Pixels,
     kept: *mut f32,
+    /// Rows to ask for meanwhile.
+    ahead: Rows,
 }
 
 /// Pixels of a strip: the first, and how many are inside the plane.
@@ -439,31 +451,43 @@ unsafe fn product<S: Simd, const NV: usize, const ROWS: usize, const PACK: bool>
     mut w: *const f32,
     rows: Rows,
     mut packed: *mut f32,
+    ahead: Rows,
 ) -> [[S; NV]; ROWS] {
-    unsafe {
-        let mut x = rows.base;
-        for _ in 0..rows.count {
-            let mut columns = [S::zero(); NV];
-            for (j, c) in columns.iter_mut().enumerate() {
-                *c = S::load(x.add(j * S::LANES));
+    let mut x = rows.base;
+    // Requests in between, a row at a time: many at once would hold up the loads behind them.
+    let (step, mut fetched) = (rows.count / (ahead.count + 1), ahead.base);
+    for turn in 0..=ahead.count {
+        let steps = if turn < ahead.count { step } else { rows.count - step * ahead.count };
+        for _ in 0..steps {
+            unsafe {
+                let mut columns = [S::zero(); NV];
+                for (j, c) in columns.iter_mut().enumerate() {
+                    *c = S::load(x.add(j * S::LANES));
+                    if PACK {
+                        c.store(packed.add(j * S::LANES));
+                    }
+                }
+                for (i, row) in acc.iter_mut().enumerate() {
+                    let weight = S::splat(*w.add(i));
+                    for (a, c) in row.iter_mut().zip(columns) {
+                        *a = weight.mul_add(c, *a);
+                    }
+                }
+                w = w.add(MR);
+                x = x.wrapping_add(rows.stride);
                 if PACK {
-                    c.store(packed.add(j * S::LANES));
+                    packed = packed.add(NV * S::LANES);
                 }
-            }
-            for (i, row) in acc.iter_mut().enumerate() {
-                let weight = S::splat(*w.add(i));
-                for (a, c) in row.iter_mut().zip(columns) {
-                    *a = weight.mul_add(c, *a);
-                }
-            }
-            w = w.add(MR);
-            x = x.wrapping_add(rows.stride);
-            if PACK {
-                packed = packed.add(NV * S::LANES);
             }
         }
-        acc
+        if turn < ahead.count {
+            for line in 0..TILE / 16 {
+                unsafe { S::prefetch(fetched.wrapping_add(16 * line)) }
+            }
+            fetched = fetched.wrapping_add(ahead.stride);
+        }
     }
+    acc
 }
 
 /// `C[m][k] = sum_p A[m][p] B[k][p]` over `pixels` of two sets of planes: the weight gradient of a

@@ -97,7 +97,8 @@ impl Problem {
         }
         epilogue.relu = fused == Fused::BiasResidualRelu;
         let weights = PackedWeights::new(&self.w, self.m, self.k);
-        let planes = Planes { base: self.x.as_ptr(), k: self.k, stride: self.stride };
+        let (base, stride) = (self.x.as_ptr(), self.stride);
+        let planes = Planes { base, k: self.k, stride, pixels: self.pixels };
         let product = Product { weights: &weights, epilogue };
         unsafe { multiply(isa, &planes, 0..self.pixels, product, None) }
         let mut result = Vec::new();
