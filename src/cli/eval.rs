@@ -12,8 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
 use super::args::{DeviceArgs, Size, positive};
-use super::destination::Destination;
-use crate::say;
+use super::destination::{Destination, Messages};
 
 /// Options of `fpenet eval`.
 #[derive(clap::Args)]
@@ -56,9 +55,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(json) = &args.json {
-        json.reserve()?;
-    }
+    let messages = Destination::reserve_optional(args.json.as_ref())?;
     let report = match (&args.report, args.worst) {
         (None, None) => None,
         (folder, _) => Some(folder.clone().unwrap_or_else(|| "out".into())),
@@ -90,7 +87,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     let evaluation = evaluation?;
 
-    print(&args, &dataset, &evaluation)?;
+    print(messages, &args, &dataset, &evaluation)?;
     if let Some(json) = &args.json {
         json.write_json(&figures(&dataset, &evaluation))?;
     }
@@ -99,7 +96,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         let model = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
         let title = format!("{model} on {} {}", dataset.kind, dataset.splits.join("+"));
         for path in report::write(folder, &title, &dataset, &evaluation.confusion, scores)? {
-            say!("-> {}", path.display())?;
+            writeln!(messages, "-> {}", path.display())?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -109,29 +106,40 @@ fn model_name(args: &Args) -> &Path {
     args.model.as_deref().unwrap_or(Path::new(bundled::MODEL_NAME))
 }
 
-fn print(args: &Args, dataset: &Dataset, evaluation: &Evaluation) -> std::io::Result<()> {
+fn print(
+    messages: Messages,
+    args: &Args,
+    dataset: &Dataset,
+    evaluation: &Evaluation,
+) -> std::io::Result<()> {
     let confusion = &evaluation.confusion;
     let (splits, root) = (dataset.splits.join(","), dataset.root.display());
     let model = model_name(args).display();
     let (w, h) = evaluation.size;
-    say!("device   {}", evaluation.device)?;
-    say!("model    {model}")?;
-    say!("data     {} {splits} in {root}, network at {w}x{h}", dataset.kind)?;
-    say!("")?;
+    writeln!(messages, "device   {}", evaluation.device)?;
+    writeln!(messages, "model    {model}")?;
+    writeln!(messages, "data     {} {splits} in {root}, network at {w}x{h}", dataset.kind)?;
+    writeln!(messages)?;
     let width = dataset.classes.iter().map(|c| c.chars().count()).max().unwrap_or(0).max(15);
-    say!("{:width$}  {:>6}  {:>8}", "class", "IoU %", "pixels %")?;
+    writeln!(messages, "{:width$}  {:>6}  {:>8}", "class", "IoU %", "pixels %")?;
     for (class, iou) in confusion.per_class_iou().into_iter().enumerate() {
         let pixels: u64 = (0..confusion.classes()).map(|p| confusion.count(class, p)).sum();
         let share = 100.0 * pixels as f64 / confusion.total() as f64;
         let iou = if iou.is_nan() { "absent".into() } else { format!("{:.2}", 100.0 * iou) };
-        say!("{:width$}  {iou:>6}  {share:>8.2}", dataset.classes[class])?;
+        writeln!(messages, "{:width$}  {iou:>6}  {share:>8.2}", dataset.classes[class])?;
     }
-    say!("")?;
-    say!("{:width$}  {:>6.2}", "mIoU", 100.0 * confusion.miou())?;
-    say!("{:width$}  {:>6.2}", "global accuracy", 100.0 * confusion.global_accuracy())?;
+    writeln!(messages)?;
+    writeln!(messages, "{:width$}  {:>6.2}", "mIoU", 100.0 * confusion.miou())?;
+    writeln!(
+        messages,
+        "{:width$}  {:>6.2}",
+        "global accuracy",
+        100.0 * confusion.global_accuracy()
+    )?;
     let seconds = evaluation.elapsed.as_secs_f64();
     let images = evaluation.images as f64;
-    say!(
+    writeln!(
+        messages,
         "{} images in {seconds:.1} s, {:.1} ms each in the network",
         evaluation.images,
         1e3 * evaluation.inference.as_secs_f64() / images

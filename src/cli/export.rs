@@ -8,7 +8,6 @@ use fpenet::{Model, bundled};
 
 use super::args::Size;
 use super::destination::Destination;
-use crate::say;
 
 /// Options of `fpenet export`.
 #[derive(clap::Args)]
@@ -39,7 +38,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    args.onnx.reserve_binary()?;
+    let messages = args.onnx.reserve_binary()?;
     let model = match &args.model {
         Some(path) => Model::load(path)?,
         None => bundled::model()?,
@@ -55,7 +54,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     } else {
         format!("logits f32 N x {} x {sides}", model.config.classes)
     };
-    say!(
+    writeln!(
+        messages,
         "{}: opset {}, input f32 N x 3 x {sides} -> {output}, {} nodes, {:.2} MB",
         args.onnx,
         args.opset,
