@@ -229,6 +229,20 @@ fn outputs_to_a_device_without_space_are_errors() {
     }
 }
 
+#[test]
+fn an_evaluation_that_fails_leaves_no_folder_for_its_report() {
+    let place = Workplace::new();
+    let report = format!("{EVAL} --report deep/report");
+    fs::rename(place.at("data/val/3.png"), place.at("3.png")).unwrap();
+    fs::write(place.at("data/val/3.png"), "not an image").unwrap();
+    assert_fails(&place.shell(&report), &["3.png"]);
+    assert!(!place.at("deep").exists() && !place.at("eval.json").exists());
+    fs::rename(place.at("3.png"), place.at("data/val/3.png")).unwrap();
+    let output = place.shell(&report);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(place.contents("deep/report").len(), 3);
+}
+
 /// Linux takes any bytes as a name.
 #[cfg(target_os = "linux")]
 #[test]

@@ -71,7 +71,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let dataset = Dataset::open(kind, &args.data, &args.split)?;
     let size = args.size.map(|size| (size.width, size.height));
     if let Some(folder) = &report {
-        files::create_folder(folder)?;
+        files::check_folder(folder)?;
     }
     let mut scores = report.as_ref().map(|_| Scores::new(args.worst.unwrap_or(20)));
 
@@ -92,6 +92,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         json.write_json(&figures(&dataset, &evaluation))?;
     }
     if let (Some(folder), Some(scores)) = (&report, &scores) {
+        files::create_folder(folder)?;
         let model = model_name(&args);
         let model = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
         let title = format!("{model} on {} {}", dataset.kind, dataset.splits.join("+"));

@@ -56,8 +56,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     collect::refuse_overwriting_inputs(&items, &args.out)?;
     let mut segmenter = Segmenter::new(&model, args.device.settings())?;
-    let fresh = !args.out.exists();
-    files::create_folder(&args.out)?;
+    files::check_folder(&args.out)?;
 
     let (kind, name) = segmenter.device();
     say!("device   {}", args.device.explain((kind, &name)))?;
@@ -70,10 +69,6 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         totals.add(item, result, &model.classes);
     });
     segmenter.warnings().iter().for_each(|warning| super::warn(warning));
-    if fresh && totals.segmented == 0 {
-        // Only where it is still empty: nothing was asked of it, nothing is left of it.
-        let _ = std::fs::remove_dir(&args.out);
-    }
     totals.finish(start.elapsed(), &model.classes)
 }
 
