@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use fpenet::backend::gpu::Element;
 use fpenet::backend::gpu::choice::Chosen;
 use fpenet::backend::{AdamStep, Output, Precision};
 use fpenet::bench::{self, Latency, LayerTime, Profile, Report, Samples};
@@ -99,12 +98,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
 
 fn model(args: &Args) -> anyhow::Result<Model> {
     match &args.model {
-        Some(path) if args.network == ConfigArgs::default() => Ok(Model::load(path)?),
-        Some(path) => Err(Error::Usage(format!(
-            "--model {}: expected no config switches beside it, the file says what the network is",
-            path.display()
-        ))
-        .into()),
+        Some(path) => Ok(args.network.load_without(path)?),
         None if args.train => {
             // CamVid's classes, as the paper trains at this size.
             let camvid = ModelConfig { classes: 11, ..ModelConfig::default() };
@@ -404,11 +398,7 @@ fn profile(
             profile.add(&times);
         }
     }
-    let element = match precision {
-        Precision::F32 => Element::F32,
-        Precision::F16 => Element::F16,
-    };
-    Ok(profile.layers(plan, element))
+    Ok(profile.layers(plan, precision.into()))
 }
 
 fn table(messages: Messages, layers: &[LayerTime]) -> anyhow::Result<()> {

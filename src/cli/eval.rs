@@ -1,17 +1,16 @@
 //! `fpenet eval`: figures of a model on a data set.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fpenet::data::{Dataset, DatasetKind};
 use fpenet::evaluate::{Evaluation, evaluate_frames};
-use fpenet::model::Model;
+use fpenet::files;
 use fpenet::report::{self, Scores};
-use fpenet::{bundled, files};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
-use super::args::{DeviceArgs, Size, positive};
+use super::args::{DeviceArgs, ModelArgs, Size, positive};
 use super::destination::{Destination, Messages};
 
 /// Options of `fpenet eval`.
@@ -33,9 +32,8 @@ pub struct Args {
     /// Layout of the data set [default: told from the folder]
     #[arg(long, value_enum)]
     pub dataset: Option<DatasetKind>,
-    /// Model file [default: the bundled CamVid weights]
-    #[arg(long, value_name = "FILE")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Size at which the network runs [default: the images', half of it for Cityscapes]
     #[arg(long, value_name = "WxH")]
     pub size: Option<Size>,
@@ -60,10 +58,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         (None, None) => None,
         (folder, _) => Some(folder.clone().unwrap_or_else(|| "out".into())),
     };
-    let model = match &args.model {
-        Some(path) => Model::load(path)?,
-        None => bundled::model()?,
-    };
+    let model = args.model.load()?;
     let kind = match args.dataset {
         Some(kind) => kind,
         None => DatasetKind::detect(&args.data)?,
@@ -93,7 +88,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     if let (Some(folder), Some(scores)) = (&report, &scores) {
         files::create_folder(folder)?;
-        let model = model_name(&args);
+        let model = args.model.path();
         let model = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
         let title = format!("{model} on {} {}", dataset.kind, dataset.splits.join("+"));
         for path in report::write(folder, &title, &dataset, &evaluation.confusion, scores)? {
@@ -101,10 +96,6 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn model_name(args: &Args) -> &Path {
-    args.model.as_deref().unwrap_or(Path::new(bundled::MODEL_NAME))
 }
 
 fn print(
@@ -115,7 +106,7 @@ fn print(
 ) -> std::io::Result<()> {
     let confusion = &evaluation.confusion;
     let (splits, root) = (dataset.splits.join(","), dataset.root.display());
-    let model = model_name(args).display();
+    let model = args.model.path().display();
     let (w, h) = evaluation.size;
     writeln!(messages, "device   {}", evaluation.device)?;
     writeln!(messages, "model    {model}")?;

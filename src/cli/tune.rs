@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use fpenet::backend::gpu::Element;
+use fpenet::Model;
 use fpenet::backend::gpu::cards::{self, Card};
 use fpenet::device::{self, DeviceChoice, Precision};
 use fpenet::tune::{self, CardPrediction, Shape, Trial};
-use fpenet::{Error, Model};
 use serde::Serialize;
 
 use super::args::{ConfigArgs, Size, positive};
@@ -75,15 +74,7 @@ struct Tuned {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let messages = Destination::reserve_optional(args.json.as_ref())?;
     let model = match &args.model {
-        Some(path) if args.network == ConfigArgs::default() => Model::load(path)?,
-        Some(path) => {
-            let path = path.display();
-            let text = format!(
-                "--model {path}: expected no config switches beside it, the file says what the \
-                 network is"
-            );
-            return Err(Error::Usage(text).into());
-        }
+        Some(path) => args.network.load_without(path)?,
         None => Model::init(args.network.config()?, 0)?,
     };
     if args.dry_run {
@@ -119,20 +110,13 @@ fn predict(messages: Messages, args: &Args, model: &Model) -> anyhow::Result<()>
     for (_, shape) in shapes(args) {
         for card in &cards {
             for precision in precisions(args) {
-                let prediction = tune::predict(model, shape, element(precision), card)?;
+                let prediction = tune::predict(model, shape, precision.into(), card)?;
                 print(messages, &prediction)?;
                 all.push(prediction);
             }
         }
     }
     write(args, &all)
-}
-
-fn element(precision: Precision) -> Element {
-    match precision {
-        Precision::F32 => Element::F32,
-        Precision::F16 => Element::F16,
-    }
 }
 
 fn print(messages: Messages, prediction: &CardPrediction) -> anyhow::Result<()> {
