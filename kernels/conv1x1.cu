@@ -61,8 +61,7 @@ __device__ __forceinline__ void conv1x1_f16(const __half* RESTRICT x,
     int staged = -1;
     for (int tile = blockIdx.y; tile * R < op.out_c; tile += gridDim.y) {
         Sums acc[TILES];
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) wmma::fill_fragment(acc[t], 0.0f);
+        clear_sums(acc);
         for (int k0 = 0; k0 < op.in_c; k0 += DEPTH_F16) {
             const int depth = min(DEPTH_F16, op.in_c - k0), steps = (depth + 15) / 16;
             if (staged != k0) {
@@ -89,23 +88,10 @@ __device__ __forceinline__ void conv1x1_f16(const __half* RESTRICT x,
                 }
             }
             __syncthreads();
-            for (int k = 0; k < 16 * steps; k += 16) {
-                FragmentA a;
-                wmma::load_matrix_sync(a, ws + row * W_PITCH + k, W_PITCH);
-#pragma unroll
-                for (int t = 0; t < TILES; ++t) {
-                    FragmentB b;
-                    wmma::load_matrix_sync(b, xs + k * PITCH + column + 16 * t, PITCH);
-                    wmma::mma_sync(acc[t], a, b, acc[t]);
-                }
-            }
+            multiply_f16<4>(ws + row * W_PITCH, W_PITCH, xs + column, PITCH, 16 * steps, acc);
             __syncthreads();
         }
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-            wmma::store_matrix_sync(sums + row * SUM_PITCH + column + 16 * t, acc[t], SUM_PITCH,
-                                    wmma::mem_row_major);
-        }
+        store_sums(acc, sums + row * SUM_PITCH + column, SUM_PITCH);
         __syncthreads();
         for (int i = threadIdx.x; i < R * P / 8; i += TILE_THREADS) {
             const int r = i / (P / 8), c = tile * R + r, p = i % (P / 8) * 8;

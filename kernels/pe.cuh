@@ -125,25 +125,10 @@ __device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>&
     {
         const int row = warp % ROWS * 16, column = warp / ROWS * TILES * 16;
         Sums acc[TILES];
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) wmma::fill_fragment(acc[t], 0.0f);
-#pragma unroll 4
-        for (int k = 0; k < E; k += 16) {
-            FragmentA a;
-            wmma::load_matrix_sync(a, w1 + row * PITCH1 + k, PITCH1);
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                FragmentB b;
-                wmma::load_matrix_sync(b, xs + k * PITCH + column + 16 * t, PITCH);
-                wmma::mma_sync(acc[t], a, b, acc[t]);
-            }
-        }
+        clear_sums(acc);
+        multiply_f16<4>(w1 + row * PITCH1, PITCH1, xs + column, PITCH, E, acc);
         __syncthreads();
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-            wmma::store_matrix_sync(sums + row * SUM_PITCH + column + 16 * t, acc[t], SUM_PITCH,
-                                    wmma::mem_row_major);
-        }
+        store_sums(acc, sums + row * SUM_PITCH + column, SUM_PITCH);
         __syncthreads();
     }
 #pragma unroll 2
@@ -170,8 +155,7 @@ __device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>&
         }
         for (int column = 0; column < P; column += 32) {
             Sums acc[2];
-#pragma unroll
-            for (int t = 0; t < 2; ++t) wmma::fill_fragment(acc[t], 0.0f);
+            clear_sums(acc);
 #pragma unroll
             for (int k = 0; k < C / 16; ++k) {
 #pragma unroll
@@ -181,10 +165,7 @@ __device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>&
                     wmma::mma_sync(acc[t], a[k], b, acc[t]);
                 }
             }
-#pragma unroll
-            for (int t = 0; t < 2; ++t) {
-                wmma::store_matrix_sync(own + 16 * t, acc[t], WARP_PITCH, wmma::mem_row_major);
-            }
+            store_sums(acc, own, WARP_PITCH);
             __syncwarp();
 #pragma unroll
             for (int i = lane; i < 64; i += 32) {

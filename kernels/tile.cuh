@@ -150,6 +150,38 @@ __device__ __forceinline__ void write_eight(T* to, const float (&v)[8], bool ali
     }
 }
 
+// The sums of a warp: tiles of 16 x 16 side by side.
+template <int TILES>
+__device__ __forceinline__ void clear_sums(Sums (&acc)[TILES]) {
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) wmma::fill_fragment(acc[t], 0.0f);
+}
+
+template <int TILES>
+__device__ __forceinline__ void store_sums(const Sums (&acc)[TILES], float* to, int pitch) {
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+        wmma::store_matrix_sync(to + 16 * t, acc[t], pitch, wmma::mem_row_major);
+    }
+}
+
+// acc += 16 rows of `a` times the columns of `b` that the sums are of; `depth` is a multiple of 16.
+template <int UNROLL, int TILES>
+__device__ __forceinline__ void multiply_f16(const __half* a, int a_pitch, const __half* b,
+                                             int b_pitch, int depth, Sums (&acc)[TILES]) {
+#pragma unroll UNROLL
+    for (int k = 0; k < depth; k += 16) {
+        FragmentA rows;
+        wmma::load_matrix_sync(rows, a + k, a_pitch);
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+            FragmentB columns;
+            wmma::load_matrix_sync(columns, b + k * b_pitch + 16 * t, b_pitch);
+            wmma::mma_sync(acc[t], rows, columns, acc[t]);
+        }
+    }
+}
+
 // f32 tiles: 64 pixels, 16 channels of the sum at a time.
 constexpr int PIXELS = 64, DEPTH = 16, PITCH_F32 = PIXELS + FLOAT_PAD;
 

@@ -370,8 +370,7 @@ pub fn macs(plan: &Plan) -> u64 {
 }
 
 fn step_macs(step: &Step) -> u64 {
-    let inputs: Vec<_> = step.inputs.iter().map(|t| t.shape).collect();
-    step.op.cost(&inputs, step.output.shape).macs
+    step.op.cost(step.output.shape).macs
 }
 
 #[cfg(test)]

@@ -51,6 +51,25 @@ pub fn check_writable(path: &Path) -> Result<()> {
     }
 }
 
+/// Refuses a folder that [`create_folder`] could not make or files could not be created in, before
+/// work is begun that may come to nothing. Leaves nothing behind.
+///
+/// # Errors
+/// [`Error::Io`] naming the folder.
+pub fn check_folder(path: &Path) -> Result<()> {
+    let failed = |source| Error::io("cannot create or write the folder", path, source);
+    for folder in path.ancestors() {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        // The link itself: a folder cannot be made where one leads nowhere.
+        match fs::symlink_metadata(folder) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(failed(e)),
+            Ok(_) => return temporary(Path::new("probe"), folder).map(drop).map_err(failed),
+        }
+    }
+    Ok(())
+}
+
 /// Makes a folder for outputs, with its parents, and makes sure that files can be created in it.
 ///
 /// # Errors
@@ -221,6 +240,30 @@ mod tests {
         assert!(create_folder(&file.join("below")).is_err());
         check_writable(&folder.path().join("new")).unwrap();
         assert_eq!(names(folder.path()), ["file"]);
+    }
+
+    #[test]
+    fn a_folder_is_checked_without_being_made() {
+        let place = tempfile::tempdir().unwrap();
+        fs::write(place.path().join("file"), "text").unwrap();
+        let mut bad = vec![place.path().join("file"), place.path().join("file/below")];
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink("nowhere", place.path().join("link")).unwrap();
+            bad.extend([place.path().join("link"), place.path().join("link/below")]);
+        }
+        let before = names(place.path()).len();
+        for path in bad {
+            let message = check_folder(&path).unwrap_err().to_string();
+            assert!(message.contains(path.to_str().unwrap()), "{message}");
+            assert!(!message.contains(".partial"), "{message}");
+            assert!(create_folder(&path).is_err(), "{}", path.display());
+        }
+        for path in [place.path().to_path_buf(), place.path().join("a/b/c")] {
+            check_folder(&path).unwrap();
+        }
+        check_folder(Path::new("no-such-folder/of-this-crate")).unwrap();
+        assert_eq!(names(place.path()).len(), before);
     }
 
     #[test]

@@ -349,10 +349,8 @@ impl Test<'_> {
             side.backend.write(&side.plan.logits, &scores)?;
             side.backend.read_labels(&side.plan, labels)?;
         }
-        let differ = labels[0].iter().zip(&labels[1]).filter(|(a, b)| a != b).count();
-        let share = differ as f64 / pixels as f64;
-        let comparison = Comparison { max_abs: share, error: share, absolute: true };
-        self.note("argmax".into(), comparison, case.name.into(), self.tolerances().labels);
+        let tolerance = self.tolerances().labels;
+        self.note("argmax".into(), share_of_other_labels(&labels), case.name.into(), tolerance);
         Ok(())
     }
 
@@ -378,12 +376,9 @@ impl Test<'_> {
             inference.run_rgb(photo.as_raw())?;
             inference.labels(labels)?;
         }
-        let differ = labels[0].iter().zip(&labels[1]).filter(|(a, b)| a != b).count();
-        let share = differ as f64 / (w * h) as f64;
-        let comparison = Comparison { max_abs: share, error: share, absolute: true };
-        let (name, place) =
-            ("labels, expanded in 8 bits", format!("{} {w}x{h}", bundled::PHOTO_NAME));
-        self.note(name.into(), comparison, place, EXPANDED_BYTES);
+        let place = format!("{} {w}x{h}", bundled::PHOTO_NAME);
+        let comparison = share_of_other_labels(&labels);
+        self.note("labels, expanded in 8 bits".into(), comparison, place, EXPANDED_BYTES);
         Ok(())
     }
 
@@ -395,7 +390,20 @@ impl Test<'_> {
         let input = self.rounded(normal(rng, case.n * 3 * case.h * case.w));
         cpu.backend.write(&cpu.plan.input, &input)?;
         self.steps(&mut cpu, &mut gpu, case, "training forward")?;
+        self.backward(&mut cpu, &mut gpu, case, rng)?;
+        self.gradients(&mut cpu, &mut gpu, case)?;
+        self.updates(&mut cpu, &mut gpu, case)
+    }
 
+    /// Loss and backward pass of random labels, and what the forward pass left in the running
+    /// statistics.
+    fn backward(
+        &mut self,
+        cpu: &mut Side,
+        gpu: &mut Side,
+        case: &Case,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<()> {
         let classes = case.config.classes as u8;
         let label = |rng: &mut ChaCha8Rng| match rng.random_range(0..=classes) {
             void if void == classes => 255,
@@ -409,7 +417,7 @@ impl Test<'_> {
             0 => Vec::new(),
             _ => (0..classes).map(|class| 0.5 * f32::from(class)).collect(),
         };
-        for side in [&mut cpu, &mut gpu] {
+        for side in [&mut *cpu, &mut *gpu] {
             side.backend.write_class_weights(&weights)?;
             side.backend.write_counters(Counters { scaling, ..Counters::default() })?;
             side.backend.write_labels(&labels)?;
@@ -425,36 +433,42 @@ impl Test<'_> {
         let running = cpu.plan.trainable_len..;
         let comparison = Comparison::relative_l2(&found[running.clone()], &expected[running]);
         self.note("running statistics".into(), comparison, case.name.into(), tolerance);
+        Ok(())
+    }
 
+    /// The gradient of the whole network, and of every parameter.
+    fn gradients(&mut self, cpu: &mut Side, gpu: &mut Side, case: &Case) -> Result<()> {
+        let tolerance = self.tolerances().training;
         let expected = cpu.state(State::Grads)?;
         let found = gpu.state(State::Grads)?;
         let whole = Comparison::relative_l2(&found, &expected);
         self.note("network backward".into(), whole, case.name.into(), tolerance);
-        let steps = cpu.plan.steps.clone();
-        for step in &steps {
-            for id in step.op.params() {
-                let spec = &cpu.plan.params[id.0];
-                if spec.role.trainable() {
-                    let range = spec.range();
-                    let (comparison, tolerance) = match self.precision {
-                        Precision::F32 => {
-                            let found = &found[range.clone()];
-                            (Comparison::relative_l2(found, &expected[range]), tolerance)
-                        }
-                        Precision::F16 => {
-                            (half_gradient(&found, &expected, range), TENSOR_OVER_WHOLE * tolerance)
-                        }
-                    };
-                    let place = format!("{}; {}", spec.name, case.name);
-                    let name = format!("{} backward", step.op.kind());
-                    self.note(name, comparison, place, tolerance);
-                }
+        for step in &cpu.plan.steps {
+            let specs = step.op.params().into_iter().map(|id| &cpu.plan.params[id.0]);
+            for spec in specs.filter(|spec| spec.role.trainable()) {
+                let range = spec.range();
+                let (comparison, tolerance) = match self.precision {
+                    Precision::F32 => {
+                        let found = &found[range.clone()];
+                        (Comparison::relative_l2(found, &expected[range]), tolerance)
+                    }
+                    Precision::F16 => {
+                        (half_gradient(&found, &expected, range), TENSOR_OVER_WHOLE * tolerance)
+                    }
+                };
+                let place = format!("{}; {}", spec.name, case.name);
+                self.note(format!("{} backward", step.op.kind()), comparison, place, tolerance);
             }
         }
+        Ok(())
+    }
 
-        gpu.backend.write_state(State::Grads, &expected)?;
+    /// Two Adam updates from the same gradients.
+    fn updates(&mut self, cpu: &mut Side, gpu: &mut Side, case: &Case) -> Result<()> {
+        let tolerance = self.tolerances().training;
+        gpu.backend.write_state(State::Grads, &cpu.state(State::Grads)?)?;
         for step in 1..=2 {
-            for side in [&mut cpu, &mut gpu] {
+            for side in [&mut *cpu, &mut *gpu] {
                 side.backend.adam(&side.plan, AdamStep::paper(5e-4, step))?;
             }
         }
@@ -464,6 +478,13 @@ impl Test<'_> {
         }
         Ok(())
     }
+}
+
+/// Share of pixels that two devices label differently.
+fn share_of_other_labels(labels: &[Vec<u8>; 2]) -> Comparison {
+    let differ = labels[0].iter().zip(&labels[1]).filter(|(a, b)| a != b).count();
+    let share = differ as f64 / labels[0].len() as f64;
+    Comparison { max_abs: share, error: share, absolute: true }
 }
 
 /// One parameter's gradient in half precision, relative to its own norm, or to a thousandth of the whole

@@ -144,8 +144,7 @@ fn training_on_a_full_disk_keeps_the_last_checkpoint_and_goes_on_once_there_is_r
     // From the start: no run comes to be that would have to be moved out of the way.
     let output = place.shell(&with_files_up_to(64, &format!("{TRAIN} 4")));
     assert_fails(&output, &["run/", "cannot write"]);
-    let left: Vec<String> = place.contents("run").into_keys().collect();
-    assert_eq!(left, [".lock"]);
+    assert!(!place.at("run").exists(), "{:?}", place.contents("run").keys());
 
     // In the middle: a run that was stopped is resumed on a disk that is full by now.
     let mut child = Command::new("bash");
@@ -227,6 +226,20 @@ fn outputs_to_a_device_without_space_are_errors() {
         let output = place.shell(&format!("$F {command} > /dev/full"));
         assert_fails(&output, &["stdout: cannot write"]);
     }
+}
+
+#[test]
+fn an_evaluation_that_fails_leaves_no_folder_for_its_report() {
+    let place = Workplace::new();
+    let report = format!("{EVAL} --report deep/report");
+    fs::rename(place.at("data/val/3.png"), place.at("3.png")).unwrap();
+    fs::write(place.at("data/val/3.png"), "not an image").unwrap();
+    assert_fails(&place.shell(&report), &["3.png"]);
+    assert!(!place.at("deep").exists() && !place.at("eval.json").exists());
+    fs::rename(place.at("3.png"), place.at("data/val/3.png")).unwrap();
+    let output = place.shell(&report);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(place.contents("deep/report").len(), 3);
 }
 
 /// Linux takes any bytes as a name.

@@ -223,7 +223,16 @@ fn a_single_bad_input_is_one_line_and_leaves_nothing() {
     place.segment(&[&"empty.png"]).fails(1, &["empty.png", "empty"]);
     std::fs::create_dir(place.at("none")).unwrap();
     place.segment(&[&"none"]).fails(1, &["none", "a folder with images"]);
+    let run = place.segment(&[&"text.png", &"gone.png"]);
+    assert_eq!(run.code, 1, "{}", run.stderr);
     assert!(!place.at("out").exists(), "{:?}", place.outputs());
+
+    // Nor a folder above it.
+    let mut command = Command::cargo_bin("fpenet").unwrap();
+    command.current_dir(place.dir.path()).arg("segment").args(["--device", "cpu", "gone.png"]);
+    let run = Run::of(command.args(["--out", "deep/out"]));
+    run.fails(1, &["gone.png"]);
+    assert!(!place.at("deep").exists());
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Options that several commands share.
 
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use clap::Args;
@@ -9,7 +10,7 @@ use fpenet::config::{Attention, BlockActivation, Decoder};
 use fpenet::device::{self, DeviceChoice, Precision};
 use fpenet::graph::{MAX_SIDE, MIN_SIDE};
 use fpenet::segment::Settings;
-use fpenet::{ModelConfig, Result};
+use fpenet::{Error, Model, ModelConfig, Result, bundled};
 
 /// `WxH`, in pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +39,41 @@ impl FromStr for Size {
 impl std::fmt::Display for Size {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}x{}", self.width, self.height)
+    }
+}
+
+/// Which trained model works.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// Model file [default: the bundled CamVid weights]
+    #[arg(long, value_name = "FILE")]
+    pub model: Option<PathBuf>,
+}
+
+impl ModelArgs {
+    /// Reads the file, or takes the bundled model.
+    pub fn load(&self) -> Result<Model> {
+        self.model.as_deref().map_or_else(bundled::model, Model::load)
+    }
+
+    /// The file's path, or the bundled model's name.
+    pub fn path(&self) -> &Path {
+        self.model.as_deref().unwrap_or(Path::new(bundled::MODEL_NAME))
+    }
+
+    /// The model that was read, in words: its file, classes, size.
+    pub fn explain(&self, model: &Model) -> String {
+        let built_in = if self.model.is_none() { " (built in)" } else { "" };
+        let trained = match model.train_size {
+            Some((width, height)) => format!(", trained at {width}x{height}"),
+            None => String::new(),
+        };
+        format!(
+            "{}{built_in}: {} classes, {} parameters{trained}",
+            self.path().display(),
+            model.classes.len(),
+            model.params.trainable_count()
+        )
     }
 }
 
@@ -162,6 +198,17 @@ impl ConfigArgs {
         };
         config.validate()?;
         Ok(config)
+    }
+
+    /// Reads a model file, which says what the network is: no switch beside it is taken.
+    pub fn load_without(&self, path: &Path) -> Result<Model> {
+        if *self == ConfigArgs::default() {
+            return Model::load(path);
+        }
+        Err(Error::Usage(format!(
+            "--model {}: expected no config switches beside it, the file says what the network is",
+            path.display()
+        )))
     }
 
     /// The paper's network with the switches that were given, validated.

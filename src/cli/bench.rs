@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use fpenet::backend::gpu::Element;
 use fpenet::backend::gpu::choice::Chosen;
 use fpenet::backend::{AdamStep, Output, Precision};
 use fpenet::bench::{self, Latency, LayerTime, Profile, Report, Samples};
@@ -14,8 +13,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::args::{ConfigArgs, DeviceArgs, Size, positive};
-use super::destination::Destination;
-use crate::say;
+use super::destination::{Destination, Messages};
 
 /// Options of `fpenet bench`.
 #[derive(clap::Args)]
@@ -75,9 +73,7 @@ struct Job {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(json) = &args.json {
-        json.reserve()?;
-    }
+    let messages = Destination::reserve_optional(args.json.as_ref())?;
     let model = model(&args)?;
     let (size, batch, iterations, warmup) =
         if args.train { ((480, 360), 8, 5, 1) } else { ((1024, 512), 1, 50, 5) };
@@ -93,21 +89,16 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         },
     };
     if args.train {
-        train(&args, &model, &job)?
+        train(messages, &args, &model, &job)?
     } else {
-        infer(&args, &model, &job)?
+        infer(messages, &args, &model, &job)?
     }
     Ok(ExitCode::SUCCESS)
 }
 
 fn model(args: &Args) -> anyhow::Result<Model> {
     match &args.model {
-        Some(path) if args.network == ConfigArgs::default() => Ok(Model::load(path)?),
-        Some(path) => Err(Error::Usage(format!(
-            "--model {}: expected no config switches beside it, the file says what the network is",
-            path.display()
-        ))
-        .into()),
+        Some(path) => Ok(args.network.load_without(path)?),
         None if args.train => {
             // CamVid's classes, as the paper trains at this size.
             let camvid = ModelConfig { classes: 11, ..ModelConfig::default() };
@@ -125,7 +116,7 @@ fn random_input(job: &Job) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-2.0..2.0)).collect()
 }
 
-fn infer(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
+fn infer(messages: Messages, args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     let Size { width, height } = job.size;
     let mode = if args.argmax { Mode::Labels } else { Mode::Logits };
     let mut backend = args.device.open_tuned()?;
@@ -134,9 +125,9 @@ fn infer(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     }
     let device = (backend.kind(), backend.describe());
     let mut inference = Inference::new(model, backend, job.batch, height, width, mode)?;
-    introduce(args, model, job, &device)?;
+    introduce(messages, args, model, job, &device)?;
     let chosen = inference.backend().chosen().cloned();
-    introduce_choice(chosen.as_ref())?;
+    introduce_choice(messages, chosen.as_ref())?;
 
     let input = random_input(job);
     let logits = if args.include_copies { inference.plan().logits.shape.len() } else { 0 };
@@ -164,10 +155,10 @@ fn infer(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     if args.profile {
         report.layers = Some(profile(&mut inference, job, &input, args.device.precision)?);
     }
-    finish(args, job, &report)
+    finish(messages, args, job, &report)
 }
 
-fn train(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
+fn train(messages: Messages, args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     let Size { width, height } = job.size;
     let mut backend = args.device.open_tuned()?;
     if args.no_graph {
@@ -176,9 +167,9 @@ fn train(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     let device = (backend.kind(), backend.describe());
     let mut training =
         Training::new(&model.config, &model.params, backend, job.batch, height, width)?;
-    introduce(args, model, job, &device)?;
+    introduce(messages, args, model, job, &device)?;
     let chosen = training.backend().chosen().cloned();
-    introduce_choice(chosen.as_ref())?;
+    introduce_choice(messages, chosen.as_ref())?;
 
     let input = random_input(job);
     let mut rng = ChaCha8Rng::seed_from_u64(SEED + 1);
@@ -206,7 +197,7 @@ fn train(args: &Args, model: &Model, job: &Job) -> anyhow::Result<()> {
     let mut report = report(args, job, &device, samples, training.plan())?;
     report.copies_included = true;
     report.set_choice(chosen.as_ref());
-    finish(args, job, &report)
+    finish(messages, args, job, &report)
 }
 
 fn progress(job: &Job) -> indicatif::ProgressBar {
@@ -216,6 +207,7 @@ fn progress(job: &Job) -> indicatif::ProgressBar {
 }
 
 fn introduce(
+    messages: Messages,
     args: &Args,
     model: &Model,
     job: &Job,
@@ -225,15 +217,17 @@ fn introduce(
         Some(path) => path.display().to_string(),
         None => format!("initial weights, seed {SEED}"),
     };
-    say!("device      {}", args.device.explain((kind, name)))?;
-    say!(
+    writeln!(messages, "device      {}", args.device.explain((kind, name)))?;
+    writeln!(
+        messages,
         "network     p={} q={}, {} classes, {} parameters ({weights})",
         model.config.p,
         model.config.q,
         model.config.classes,
         model.params.trainable_count()
     )?;
-    say!(
+    writeln!(
+        messages,
         "input       {} x 3 x {} x {}, {}, to {}",
         job.batch,
         job.size.height,
@@ -245,12 +239,12 @@ fn introduce(
 }
 
 /// The variants that run, and a file of the cache that could not be used.
-fn introduce_choice(chosen: Option<&Chosen>) -> anyhow::Result<()> {
+fn introduce_choice(messages: Messages, chosen: Option<&Chosen>) -> anyhow::Result<()> {
     let Some(chosen) = chosen else { return Ok(()) };
     if let Some(warning) = &chosen.warning {
         super::warn(warning);
     }
-    say!("variants    {} ({})", chosen.choice.variants, chosen.source.name())?;
+    writeln!(messages, "variants    {} ({})", chosen.choice.variants, chosen.source.name())?;
     Ok(())
 }
 
@@ -298,15 +292,16 @@ fn report(
     })
 }
 
-fn finish(args: &Args, job: &Job, report: &Report) -> anyhow::Result<()> {
+fn finish(messages: Messages, args: &Args, job: &Job, report: &Report) -> anyhow::Result<()> {
     let Latency { min, mean, median, p90, p95, p99 } = report.latency_ms;
-    say!(
+    writeln!(
+        messages,
         "latency ms  min {min:.3}, mean {mean:.3}, median {median:.3}, p90 {p90:.3}, \
          p95 {p95:.3}, p99 {p99:.3} ({} runs after {} untimed)",
-        job.iterations,
-        job.warmup
+        job.iterations, job.warmup
     )?;
-    say!(
+    writeln!(
+        messages,
         "throughput  {:.2} images/s, {:.1} GMAC/s forward ({:.2} GMAC per run)",
         report.throughput_fps,
         report.gmacs * 1e3 / mean,
@@ -318,18 +313,20 @@ fn finish(args: &Args, job: &Job, report: &Report) -> anyhow::Result<()> {
             None => "none".into(),
         };
         let apart = if report.copies_included { "" } else { ", the last not in the latency" };
-        say!(
+        writeln!(
+            messages,
             "medians ms  host to device {}, compute {:.3}, device to host {}{apart}",
             part(report.host_to_device_ms),
             compute.median,
             part(report.device_to_host_ms)
         )?;
     }
-    commands(report)?;
+    commands(messages, report)?;
     if let (Some(peak), Some(bytes), Some(bound), Some(share)) =
         (report.peak_gflops, report.bytes_moved, report.roofline_ms, report.roofline_share)
     {
-        say!(
+        writeln!(
+            messages,
             "roofline    {bound:.3} ms at {peak:.0} GFLOP/s, measured on registers alone; reached \
              {:.1} %; {:.1} MB moved (counted)",
             share * 100.0,
@@ -344,13 +341,14 @@ fn finish(args: &Args, job: &Job, report: &Report) -> anyhow::Result<()> {
         Some(bytes) => format!(", reserved on the device {}", mib(Some(bytes))),
         None => String::new(),
     };
-    say!(
+    writeln!(
+        messages,
         "memory      arena {}{device}, peak resident {}",
         mib(Some(report.arena_bytes)),
         mib(report.peak_rss_bytes)
     )?;
     if let Some(layers) = &report.layers {
-        table(layers)?;
+        table(messages, layers)?;
     }
     if let Some(json) = &args.json {
         json.write_json(report)?;
@@ -359,7 +357,7 @@ fn finish(args: &Args, job: &Job, report: &Report) -> anyhow::Result<()> {
 }
 
 /// What the device is asked for, where it runs commands.
-fn commands(report: &Report) -> anyhow::Result<()> {
+fn commands(messages: Messages, report: &Report) -> anyhow::Result<()> {
     let (Some(launches), Some(gemms), Some(bytes)) =
         (report.launches, report.gemms, report.bytes_moved)
     else {
@@ -375,7 +373,8 @@ fn commands(report: &Report) -> anyhow::Result<()> {
         }
         _ => "no data sheet of this device, so no roofline".into(),
     };
-    say!(
+    writeln!(
+        messages,
         "commands    {launches} launches and {gemms} matrix products{how}; {:.1} MB moved (counted); \
          {roofline}",
         bytes as f64 / 1e6
@@ -399,30 +398,20 @@ fn profile(
             profile.add(&times);
         }
     }
-    let element = match precision {
-        Precision::F32 => Element::F32,
-        Precision::F16 => Element::F16,
-    };
-    Ok(profile.layers(plan, element))
+    Ok(profile.layers(plan, precision.into()))
 }
 
-fn table(layers: &[LayerTime]) -> anyhow::Result<()> {
+fn table(messages: Messages, layers: &[LayerTime]) -> anyhow::Result<()> {
     let width = layers.iter().map(|layer| layer.name.len()).max().unwrap_or(0);
-    say!("")?;
-    say!(
+    writeln!(messages)?;
+    writeln!(
+        messages,
         "{:<width$}  {:<12}  {:>20}  {:>8}  {:>6}  {:>8}  {:>7}  {:>8}  {:>7}",
-        "layer",
-        "operator",
-        "output",
-        "ms",
-        "share",
-        "MMAC",
-        "GMAC/s",
-        "MB",
-        "GB/s"
+        "layer", "operator", "output", "ms", "share", "MMAC", "GMAC/s", "MB", "GB/s"
     )?;
     for layer in layers {
-        say!(
+        writeln!(
+            messages,
             "{:<width$}  {:<12}  {:>20}  {:>8.3}  {:>5.1}%  {:>8.1}  {:>7.1}  {:>8.2}  {:>7.1}",
             layer.name,
             layer.kind,
@@ -436,6 +425,6 @@ fn table(layers: &[LayerTime]) -> anyhow::Result<()> {
         )?;
     }
     let total: f64 = layers.iter().map(|layer| layer.mean_ms).sum();
-    say!("{:<width$}  {:<12}  {:>20}  {total:>8.3}  {:>5.1}%", "sum", "", "", 100.0)?;
+    writeln!(messages, "{:<width$}  {:<12}  {:>20}  {total:>8.3}  {:>5.1}%", "sum", "", "", 100.0)?;
     Ok(())
 }

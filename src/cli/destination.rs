@@ -1,17 +1,13 @@
-//! Where a command's result goes: a file, or standard output.
+//! Where a command's result goes, a file or standard output, and where its words for people then go.
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use clap::builder::{MapValueParser, PathBufValueParser, TypedValueParser, ValueParserFactory};
 use fpenet::stream::STDOUT;
 use fpenet::{Error, Model, Result, files};
 use serde::Serialize;
-
-/// Whether standard output is taken by a result, so that words for people go to stderr.
-static TAKEN: AtomicBool = AtomicBool::new(false);
 
 /// The value of an option that names a file to write; `-` is standard output.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,20 +37,22 @@ impl fmt::Display for Destination {
 }
 
 impl Destination {
-    /// To be called before any work and any word: refuses what cannot be written, and keeps
-    /// standard output for the result where it goes there.
-    pub fn reserve(&self) -> Result<()> {
+    /// To be called before any work and any word: refuses what cannot be written, and says where
+    /// words go, so that standard output is the result's alone where it goes there.
+    pub fn reserve(&self) -> Result<Messages> {
         match self {
-            Destination::File(path) => files::check_writable(path),
-            Destination::Stdout => {
-                TAKEN.store(true, Relaxed);
-                Ok(())
-            }
+            Destination::File(path) => files::check_writable(path).map(|()| Messages::Stdout),
+            Destination::Stdout => Ok(Messages::Stderr),
         }
     }
 
+    /// [`Self::reserve`] for a result that is written on request only.
+    pub fn reserve_optional(result: Option<&Self>) -> Result<Messages> {
+        result.map_or(Ok(Messages::Stdout), Self::reserve)
+    }
+
     /// [`Self::reserve`] for bytes that mean nothing on a terminal.
-    pub fn reserve_binary(&self) -> Result<()> {
+    pub fn reserve_binary(&self) -> Result<Messages> {
         if *self == Destination::Stdout && io::stdout().is_terminal() {
             let text = format!("{STDOUT}: expected a pipe or a file, found a terminal");
             return Err(Error::Usage(text));
@@ -94,18 +92,32 @@ impl Destination {
     }
 }
 
-/// Writes a line to stdout, or to stderr where a result takes stdout. A reader that has gone away
-/// (`fpenet summary | head`) is no error: the work goes on, unread.
-pub fn print_line(line: fmt::Arguments) -> io::Result<()> {
-    if TAKEN.load(Relaxed) {
-        // Where stderr is closed there is nobody to tell.
-        let _ = writeln!(io::stderr(), "{line}");
-        return Ok(());
-    }
-    let mut out = io::stdout().lock();
-    match out.write_fmt(line).and_then(|()| out.write_all(b"\n")) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        Err(error) => Err(io::Error::new(error.kind(), format!("stdout: cannot write: {error}"))),
-        Ok(()) => Ok(()),
+/// Where a command's words for people go; to be written to with `writeln!`.
+#[must_use]
+#[derive(Debug, Clone, Copy)]
+pub enum Messages {
+    Stdout,
+    /// Standard output carries a result.
+    Stderr,
+}
+
+impl Messages {
+    /// What `writeln!` calls. A reader that has gone away (`fpenet summary | head`) is no error:
+    /// the work goes on, unread.
+    pub fn write_fmt(self, text: fmt::Arguments) -> io::Result<()> {
+        match self {
+            Messages::Stdout => match io::stdout().lock().write_fmt(text) {
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+                Err(error) => {
+                    Err(io::Error::new(error.kind(), format!("stdout: cannot write: {error}")))
+                }
+                Ok(()) => Ok(()),
+            },
+            Messages::Stderr => {
+                // Where stderr is closed there is nobody to tell.
+                let _ = io::stderr().write_fmt(text);
+                Ok(())
+            }
+        }
     }
 }

@@ -1,19 +1,17 @@
 //! `fpenet eval`: figures of a model on a data set.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fpenet::data::{Dataset, DatasetKind};
 use fpenet::evaluate::{Evaluation, evaluate_frames};
-use fpenet::model::Model;
+use fpenet::files;
 use fpenet::report::{self, Scores};
-use fpenet::{bundled, files};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 
-use super::args::{DeviceArgs, Size, positive};
-use super::destination::Destination;
-use crate::say;
+use super::args::{DeviceArgs, ModelArgs, Size, positive};
+use super::destination::{Destination, Messages};
 
 /// Options of `fpenet eval`.
 #[derive(clap::Args)]
@@ -34,9 +32,8 @@ pub struct Args {
     /// Layout of the data set [default: told from the folder]
     #[arg(long, value_enum)]
     pub dataset: Option<DatasetKind>,
-    /// Model file [default: the bundled CamVid weights]
-    #[arg(long, value_name = "FILE")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Size at which the network runs [default: the images', half of it for Cityscapes]
     #[arg(long, value_name = "WxH")]
     pub size: Option<Size>,
@@ -56,17 +53,12 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(json) = &args.json {
-        json.reserve()?;
-    }
+    let messages = Destination::reserve_optional(args.json.as_ref())?;
     let report = match (&args.report, args.worst) {
         (None, None) => None,
         (folder, _) => Some(folder.clone().unwrap_or_else(|| "out".into())),
     };
-    let model = match &args.model {
-        Some(path) => Model::load(path)?,
-        None => bundled::model()?,
-    };
+    let model = args.model.load()?;
     let kind = match args.dataset {
         Some(kind) => kind,
         None => DatasetKind::detect(&args.data)?,
@@ -74,7 +66,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let dataset = Dataset::open(kind, &args.data, &args.split)?;
     let size = args.size.map(|size| (size.width, size.height));
     if let Some(folder) = &report {
-        files::create_folder(folder)?;
+        files::check_folder(folder)?;
     }
     let mut scores = report.as_ref().map(|_| Scores::new(args.worst.unwrap_or(20)));
 
@@ -90,48 +82,56 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     let evaluation = evaluation?;
 
-    print(&args, &dataset, &evaluation)?;
+    print(messages, &args, &dataset, &evaluation)?;
     if let Some(json) = &args.json {
         json.write_json(&figures(&dataset, &evaluation))?;
     }
     if let (Some(folder), Some(scores)) = (&report, &scores) {
-        let model = model_name(&args);
+        files::create_folder(folder)?;
+        let model = args.model.path();
         let model = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
         let title = format!("{model} on {} {}", dataset.kind, dataset.splits.join("+"));
         for path in report::write(folder, &title, &dataset, &evaluation.confusion, scores)? {
-            say!("-> {}", path.display())?;
+            writeln!(messages, "-> {}", path.display())?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn model_name(args: &Args) -> &Path {
-    args.model.as_deref().unwrap_or(Path::new(bundled::MODEL_NAME))
-}
-
-fn print(args: &Args, dataset: &Dataset, evaluation: &Evaluation) -> std::io::Result<()> {
+fn print(
+    messages: Messages,
+    args: &Args,
+    dataset: &Dataset,
+    evaluation: &Evaluation,
+) -> std::io::Result<()> {
     let confusion = &evaluation.confusion;
     let (splits, root) = (dataset.splits.join(","), dataset.root.display());
-    let model = model_name(args).display();
+    let model = args.model.path().display();
     let (w, h) = evaluation.size;
-    say!("device   {}", evaluation.device)?;
-    say!("model    {model}")?;
-    say!("data     {} {splits} in {root}, network at {w}x{h}", dataset.kind)?;
-    say!("")?;
+    writeln!(messages, "device   {}", evaluation.device)?;
+    writeln!(messages, "model    {model}")?;
+    writeln!(messages, "data     {} {splits} in {root}, network at {w}x{h}", dataset.kind)?;
+    writeln!(messages)?;
     let width = dataset.classes.iter().map(|c| c.chars().count()).max().unwrap_or(0).max(15);
-    say!("{:width$}  {:>6}  {:>8}", "class", "IoU %", "pixels %")?;
+    writeln!(messages, "{:width$}  {:>6}  {:>8}", "class", "IoU %", "pixels %")?;
     for (class, iou) in confusion.per_class_iou().into_iter().enumerate() {
         let pixels: u64 = (0..confusion.classes()).map(|p| confusion.count(class, p)).sum();
         let share = 100.0 * pixels as f64 / confusion.total() as f64;
         let iou = if iou.is_nan() { "absent".into() } else { format!("{:.2}", 100.0 * iou) };
-        say!("{:width$}  {iou:>6}  {share:>8.2}", dataset.classes[class])?;
+        writeln!(messages, "{:width$}  {iou:>6}  {share:>8.2}", dataset.classes[class])?;
     }
-    say!("")?;
-    say!("{:width$}  {:>6.2}", "mIoU", 100.0 * confusion.miou())?;
-    say!("{:width$}  {:>6.2}", "global accuracy", 100.0 * confusion.global_accuracy())?;
+    writeln!(messages)?;
+    writeln!(messages, "{:width$}  {:>6.2}", "mIoU", 100.0 * confusion.miou())?;
+    writeln!(
+        messages,
+        "{:width$}  {:>6.2}",
+        "global accuracy",
+        100.0 * confusion.global_accuracy()
+    )?;
     let seconds = evaluation.elapsed.as_secs_f64();
     let images = evaluation.images as f64;
-    say!(
+    writeln!(
+        messages,
         "{} images in {seconds:.1} s, {:.1} ms each in the network",
         evaluation.images,
         1e3 * evaluation.inference.as_secs_f64() / images

@@ -1,14 +1,11 @@
 //! `fpenet export`: a model as an ONNX file.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fpenet::exchange::onnx::{self, MAX_OPSET, MIN_OPSET, Options};
-use fpenet::{Model, bundled};
 
-use super::args::Size;
+use super::args::{ModelArgs, Size};
 use super::destination::Destination;
-use crate::say;
 
 /// Options of `fpenet export`.
 #[derive(clap::Args)]
@@ -22,9 +19,8 @@ pub struct Args {
     /// Where the ONNX file goes (-: standard output)
     #[arg(long, value_name = "FILE")]
     pub onnx: Destination,
-    /// Model file [default: the bundled CamVid weights]
-    #[arg(long, value_name = "FILE")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Fix width and height of the input [default: both stay dynamic, as the batch always does]
     #[arg(long, value_name = "WxH")]
     pub size: Option<Size>,
@@ -39,11 +35,8 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    args.onnx.reserve_binary()?;
-    let model = match &args.model {
-        Some(path) => Model::load(path)?,
-        None => bundled::model()?,
-    };
+    let messages = args.onnx.reserve_binary()?;
+    let model = args.model.load()?;
     let size = args.size.map(|size| (size.width, size.height));
     let options = Options { opset: args.opset, size, argmax: args.argmax };
     let (bytes, written) = onnx::encode(&model, &options)?;
@@ -55,7 +48,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     } else {
         format!("logits f32 N x {} x {sides}", model.config.classes)
     };
-    say!(
+    writeln!(
+        messages,
         "{}: opset {}, input f32 N x 3 x {sides} -> {output}, {} nodes, {:.2} MB",
         args.onnx,
         args.opset,

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fpenet::data::DatasetKind;
-use fpenet::{Model, bundled, predictions};
+use fpenet::predictions;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::args::{DeviceArgs, Size};
+use super::args::{DeviceArgs, ModelArgs, Size};
 use crate::say;
 
 /// Options of `fpenet export-predictions`.
@@ -32,9 +32,8 @@ pub struct Args {
     /// Layout of the data set [default: told from the folder]
     #[arg(long, value_enum)]
     pub dataset: Option<DatasetKind>,
-    /// Model file [default: the bundled CamVid weights]
-    #[arg(long, value_name = "FILE")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Size at which the network runs [default: the images', half of it for Cityscapes]
     #[arg(long, value_name = "WxH")]
     pub size: Option<Size>,
@@ -44,10 +43,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let model = match &args.model {
-        Some(path) => Model::load(path)?,
-        None => bundled::model()?,
-    };
+    let model = args.model.load()?;
     let kind = match args.dataset {
         Some(kind) => kind,
         None => DatasetKind::detect(&args.data)?,

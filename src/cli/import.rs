@@ -10,7 +10,6 @@ use fpenet::{Error, Model, ModelConfig};
 
 use super::args::ConfigArgs;
 use super::destination::Destination;
-use crate::say;
 
 /// Options of `fpenet import`.
 #[derive(clap::Args)]
@@ -48,7 +47,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    args.out.reserve_binary()?;
+    let messages = args.out.reserve_binary()?;
     let mapping = args.map.as_deref().map(Mapping::load).transpose()?.unwrap_or_default();
     let bytes = import::read_bytes(&args.from)?;
     let weights = Weights::parse(&args.from, &bytes)?;
@@ -103,7 +102,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     }
     args.out.write_model(&model)?;
 
-    say!(
+    writeln!(
+        messages,
         "{}: {} parameters, {} classes, from {} ({}, {} tensors)",
         args.out,
         model.params.trainable_count(),
@@ -113,7 +113,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         weights.names().count()
     )?;
     for note in imported.notes {
-        say!("  {note}")?;
+        writeln!(messages, "  {note}")?;
     }
     Ok(ExitCode::SUCCESS)
 }

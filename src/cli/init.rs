@@ -6,7 +6,6 @@ use fpenet::model::Model;
 
 use super::args::ConfigArgs;
 use super::destination::Destination;
-use crate::say;
 
 /// Options of `fpenet init`.
 #[derive(clap::Args)]
@@ -23,10 +22,10 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    args.out.reserve_binary()?;
+    let messages = args.out.reserve_binary()?;
     let model = Model::init(args.network.config()?, args.seed)?;
     args.out.write_model(&model)?;
     let parameters = model.params.trainable_count();
-    say!("{}: {parameters} parameters, seed {}", args.out, args.seed)?;
+    writeln!(messages, "{}: {parameters} parameters, seed {}", args.out, args.seed)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -105,10 +105,11 @@ pub fn main() -> ExitCode {
     })
 }
 
-/// `println!` that returns an `io::Result` instead of panicking; see [`destination::print_line`].
+/// `println!` that returns an `io::Result` instead of panicking, for commands whose results never
+/// go to standard output; the others write to the [`destination::Messages`] they are given.
 #[macro_export]
 macro_rules! say {
-    ($($arg:tt)*) => { $crate::cli::destination::print_line(format_args!($($arg)*)) };
+    ($($arg:tt)*) => { writeln!($crate::cli::destination::Messages::Stdout, $($arg)*) };
 }
 
 /// `error: ...` on stderr, on one line whatever the message holds.

@@ -10,7 +10,6 @@ use fpenet::model::{Model, npy};
 
 use super::args::DeviceArgs;
 use super::destination::Destination;
-use crate::say;
 
 /// Options of `fpenet run`.
 #[derive(clap::Args)]
@@ -30,7 +29,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    args.output.reserve_binary()?;
+    let messages = args.output.reserve_binary()?;
     let model = Model::load(&args.model)?;
     let (shape, input) = npy::read_f32(&args.input)?;
     let [n, 3, h, w] = shape[..] else {
@@ -44,7 +43,8 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let logits = inference.logits()?;
     let shape = [n, model.config.classes, h, w];
     args.output.write(|out| npy::write_f32_to(out, &shape, &logits))?;
-    say!(
+    writeln!(
+        messages,
         "{}: logits {n} x {} x {h} x {w} on {}",
         args.output,
         model.config.classes,

@@ -8,9 +8,9 @@ use fpenet::segment::Segmenter;
 use fpenet::segment::collect::{self, Item};
 use fpenet::segment::pipeline::{self, Segmented};
 use fpenet::segment::render::{self, Share};
-use fpenet::{Error, Model, bundled, files};
+use fpenet::{Error, bundled, files};
 
-use super::args::{DeviceArgs, Size};
+use super::args::{DeviceArgs, ModelArgs, Size};
 use crate::say;
 
 /// Options of `fpenet segment`.
@@ -30,9 +30,8 @@ pub struct Args {
     /// example photo]
     #[arg(value_name = "PATH")]
     pub paths: Vec<PathBuf>,
-    /// Model file [default: the bundled CamVid weights]
-    #[arg(long, value_name = "FILE")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Folder for the results
     #[arg(long, value_name = "DIR", default_value = "out")]
     pub out: PathBuf,
@@ -45,10 +44,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let model = match &args.model {
-        Some(path) => Model::load(path)?,
-        None => bundled::model()?,
-    };
+    let model = args.model.load()?;
     let items = if args.paths.is_empty() {
         collect::bundled(bundled::PHOTO_NAME, bundled::PHOTO)
     } else {
@@ -56,12 +52,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     collect::refuse_overwriting_inputs(&items, &args.out)?;
     let mut segmenter = Segmenter::new(&model, args.device.settings())?;
-    let fresh = !args.out.exists();
-    files::create_folder(&args.out)?;
+    files::check_folder(&args.out)?;
 
     let (kind, name) = segmenter.device();
     say!("device   {}", args.device.explain((kind, &name)))?;
-    say!("model    {}", describe(&model, args.model.as_ref()))?;
+    say!("model    {}", args.model.explain(&model))?;
 
     let start = Instant::now();
     let mut totals = Totals::new(items.len(), model.classes.len());
@@ -70,25 +65,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         totals.add(item, result, &model.classes);
     });
     segmenter.warnings().iter().for_each(|warning| super::warn(warning));
-    if fresh && totals.segmented == 0 {
-        // Only where it is still empty: nothing was asked of it, nothing is left of it.
-        let _ = std::fs::remove_dir(&args.out);
-    }
     totals.finish(start.elapsed(), &model.classes)
-}
-
-/// A model in words: its file, classes, size.
-pub(super) fn describe(model: &Model, path: Option<&PathBuf>) -> String {
-    let name = match path {
-        Some(path) => path.display().to_string(),
-        None => format!("{} (built in)", bundled::MODEL_NAME),
-    };
-    let trained = match model.train_size {
-        Some((width, height)) => format!(", trained at {width}x{height}"),
-        None => String::new(),
-    };
-    let parameters = model.params.trainable_count();
-    format!("{name}: {} classes, {parameters} parameters{trained}", model.classes.len())
 }
 
 /// Prints each photo's result as it comes, and keeps what the last lines say.

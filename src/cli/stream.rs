@@ -14,9 +14,9 @@ use fpenet::stream::sink::{Container, Format, Show, Sink};
 use fpenet::stream::source::{Folder, RawRgb, Source, Y4m};
 use fpenet::stream::y4m::{self, Range};
 use fpenet::stream::{STDIN, STDOUT};
-use fpenet::{Error, Model, Result, bundled};
+use fpenet::{Error, Result};
 
-use super::args::{DeviceArgs, Size};
+use super::args::{DeviceArgs, ModelArgs, Size};
 
 /// How often the status line is renewed on a terminal.
 const RENEWAL: Duration = Duration::from_millis(250);
@@ -79,9 +79,8 @@ pub struct Args {
     /// No status line
     #[arg(long)]
     pub quiet: bool,
-    /// Model file [default: the bundled CamVid weights]
-    #[arg(long, value_name = "FILE")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -92,10 +91,7 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
         let text = "standard output: expected a pipe or a file for the frames, found a terminal";
         return Err(Error::Usage(text.into()).into());
     }
-    let model = match &args.model {
-        Some(path) => Model::load(path)?,
-        None => bundled::model()?,
-    };
+    let model = args.model.load()?;
     let mut segmenter = Segmenter::new(&model, args.device.settings())?;
     let (kind, name) = segmenter.device();
 

@@ -3,16 +3,14 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use fpenet::backend::gpu::Element;
+use fpenet::Model;
 use fpenet::backend::gpu::cards::{self, Card};
 use fpenet::device::{self, DeviceChoice, Precision};
 use fpenet::tune::{self, CardPrediction, Shape, Trial};
-use fpenet::{Error, Model};
 use serde::Serialize;
 
 use super::args::{ConfigArgs, Size, positive};
-use super::destination::Destination;
-use crate::say;
+use super::destination::{Destination, Messages};
 
 /// Options of `fpenet tune`.
 #[derive(clap::Args)]
@@ -74,25 +72,15 @@ struct Tuned {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    if let Some(json) = &args.json {
-        json.reserve()?;
-    }
+    let messages = Destination::reserve_optional(args.json.as_ref())?;
     let model = match &args.model {
-        Some(path) if args.network == ConfigArgs::default() => Model::load(path)?,
-        Some(path) => {
-            let path = path.display();
-            let text = format!(
-                "--model {path}: expected no config switches beside it, the file says what the \
-                 network is"
-            );
-            return Err(Error::Usage(text).into());
-        }
+        Some(path) => args.network.load_without(path)?,
         None => Model::init(args.network.config()?, 0)?,
     };
     if args.dry_run {
-        predict(&args, &model)?
+        predict(messages, &args, &model)?
     } else {
-        measure(&args, &model)?
+        measure(messages, &args, &model)?
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -106,14 +94,15 @@ fn shapes(args: &Args) -> impl Iterator<Item = (Size, Shape)> {
     args.size.iter().map(move |&size| (size, shape(size)))
 }
 
-fn predict(args: &Args, model: &Model) -> anyhow::Result<()> {
+fn predict(messages: Messages, args: &Args, model: &Model) -> anyhow::Result<()> {
     let default = ["titan-v", "titan-rtx", "h200"];
     let cards: Vec<&Card> = if args.card.is_empty() {
         default.iter().filter_map(|id| cards::by_id(id)).collect()
     } else {
         args.card.clone()
     };
-    say!(
+    writeln!(
+        messages,
         "A cost model's prediction, not a measurement: data sheets, assumed L2 bandwidths, \
          efficiencies and launch costs."
     )?;
@@ -121,8 +110,8 @@ fn predict(args: &Args, model: &Model) -> anyhow::Result<()> {
     for (_, shape) in shapes(args) {
         for card in &cards {
             for precision in precisions(args) {
-                let prediction = tune::predict(model, shape, element(precision), card)?;
-                print(&prediction)?;
+                let prediction = tune::predict(model, shape, precision.into(), card)?;
+                print(messages, &prediction)?;
                 all.push(prediction);
             }
         }
@@ -130,36 +119,24 @@ fn predict(args: &Args, model: &Model) -> anyhow::Result<()> {
     write(args, &all)
 }
 
-fn element(precision: Precision) -> Element {
-    match precision {
-        Precision::F32 => Element::F32,
-        Precision::F16 => Element::F16,
-    }
-}
-
-fn print(prediction: &CardPrediction) -> anyhow::Result<()> {
+fn print(messages: Messages, prediction: &CardPrediction) -> anyhow::Result<()> {
     let [n, _, h, w] = prediction.shape;
-    say!("")?;
-    say!(
+    writeln!(messages)?;
+    writeln!(
+        messages,
         "{} (sm_{}), {w}x{h}, batch {n}, {}",
-        prediction.card,
-        prediction.arch,
-        prediction.precision
+        prediction.card, prediction.arch, prediction.precision
     )?;
     let graphs = if prediction.graphs { "CUDA graph" } else { "one by one" };
-    say!("variants {}, launched as {graphs}", prediction.variants)?;
-    say!(
+    writeln!(messages, "variants {}, launched as {graphs}", prediction.variants)?;
+    writeln!(
+        messages,
         "{:<24} {:>8} {:>9} {:>8} {:>10} {:>12} {:>13}",
-        "kernel",
-        "commands",
-        "MB",
-        "GFLOP",
-        "occupancy",
-        "roofline us",
-        "predicted us"
+        "kernel", "commands", "MB", "GFLOP", "occupancy", "roofline us", "predicted us"
     )?;
     for class in &prediction.classes {
-        say!(
+        writeln!(
+            messages,
             "{:<24} {:>8} {:>9.2} {:>8.3} {:>9.0}% {:>12.1} {:>13.1}",
             class.class,
             class.commands,
@@ -172,18 +149,15 @@ fn print(prediction: &CardPrediction) -> anyhow::Result<()> {
     }
     let megabytes: f64 = prediction.classes.iter().map(|class| class.megabytes).sum();
     let gflops: f64 = prediction.classes.iter().map(|class| class.gflops).sum();
-    say!(
+    writeln!(
+        messages,
         "{:<24} {:>8} {megabytes:>9.2} {gflops:>8.3} {:>10} {:>12.1} {:>13.1}",
-        "all",
-        prediction.commands,
-        "",
-        prediction.roofline_us,
-        prediction.predicted_us
+        "all", prediction.commands, "", prediction.roofline_us, prediction.predicted_us
     )?;
-    say!(
+    writeln!(
+        messages,
         "predicted {:.0} images/s; the roofline, without any cost per launch, is {:.0}",
-        prediction.predicted_fps,
-        prediction.roofline_fps
+        prediction.predicted_fps, prediction.roofline_fps
     )?;
     let others = [
         (
@@ -194,44 +168,43 @@ fn print(prediction: &CardPrediction) -> anyhow::Result<()> {
     ];
     for (what, other) in others {
         let Some(other) = other else { continue };
-        say!(
+        writeln!(
+            messages,
             "with {what}: {} launches, {:.2} MB, roofline {:.1} us, predicted {:.1} us",
-            other.commands,
-            other.megabytes,
-            other.roofline_us,
-            other.predicted_us
+            other.commands, other.megabytes, other.roofline_us, other.predicted_us
         )?;
     }
     Ok(())
 }
 
-fn measure(args: &Args, model: &Model) -> anyhow::Result<()> {
+fn measure(messages: Messages, args: &Args, model: &Model) -> anyhow::Result<()> {
     let mut all = Vec::new();
     let kind = device::open(args.device, Precision::F32, None)?.kind();
     if kind == "cpu" {
-        threads(args, model, &mut all)?;
+        threads(messages, args, model, &mut all)?;
         return write(args, &all);
     }
     for precision in precisions(args) {
         let mut device = device::open(args.device, precision, None)?;
-        say!("device    {kind}: {}", device.describe())?;
+        writeln!(messages, "device    {kind}: {}", device.describe())?;
         let iterations = args.iterations.unwrap_or(if kind == "cuda" { 30 } else { 1 });
         for (size, shape) in shapes(args) {
-            say!("tuning    {size}, batch {}, {}", args.batch, precision.name())?;
+            writeln!(messages, "tuning    {size}, batch {}, {}", args.batch, precision.name())?;
             let mut trials = Vec::new();
             let entry = tune::measure(model, device.as_mut(), shape, iterations, |trial| {
                 // Where nobody reads, the work goes on.
-                let _ = print_trial(trial);
+                let _ = print_trial(messages, trial);
                 trials.push(trial.clone());
             })?;
             let path = tune::store(&entry)?;
-            say!(
+            writeln!(
+                messages,
                 "fastest   {:.1} us: {}{}",
                 entry.microseconds,
                 entry.choice.variants,
                 if entry.choice.graphs { "" } else { ", without CUDA graphs" }
             )?;
-            say!("-> {}", path.display())?;
+            writeln!(messages, "-> {}", path.display())?;
             all.push(Tuned {
                 device: entry.key.device.clone(),
                 size: size.to_string(),
@@ -247,29 +220,34 @@ fn measure(args: &Args, model: &Model) -> anyhow::Result<()> {
     write(args, &all)
 }
 
-fn print_trial(trial: &Trial) -> std::io::Result<()> {
+fn print_trial(messages: Messages, trial: &Trial) -> std::io::Result<()> {
     let graphs = if trial.graphs { "" } else { " (without CUDA graphs)" };
     match trial.microseconds {
-        Some(time) => say!("{time:>11.1} us  {}{graphs}", trial.variants),
-        None => say!("{:>14}  {}{graphs}", "cannot run", trial.variants),
+        Some(time) => writeln!(messages, "{time:>11.1} us  {}{graphs}", trial.variants),
+        None => writeln!(messages, "{:>14}  {}{graphs}", "cannot run", trial.variants),
     }
 }
 
 /// A CPU's kernels go by its instruction set; what can be compared is the number of threads.
-fn threads(args: &Args, model: &Model, all: &mut Vec<Tuned>) -> anyhow::Result<()> {
+fn threads(
+    messages: Messages,
+    args: &Args,
+    model: &Model,
+    all: &mut Vec<Tuned>,
+) -> anyhow::Result<()> {
     let device = device::open(DeviceChoice::Cpu, args.precision.unwrap_or_default(), None)?;
     let name = device.describe();
     drop(device);
-    say!("device    cpu: {name}")?;
+    writeln!(messages, "device    cpu: {name}")?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     for (size, shape) in shapes(args) {
-        say!("tuning    {size}, batch {}, f32", args.batch)?;
+        writeln!(messages, "tuning    {size}, batch {}, f32", args.batch)?;
         let mut trials = Vec::new();
         let iterations = args.iterations.unwrap_or(10);
         let found = tune::measure_threads(model, shape, cores, iterations, |trial| {
             let line = trial.microseconds.unwrap_or_default() / 1e3;
             // Where nobody reads, the work goes on.
-            let _ = say!("{line:>11.1} ms  {}", trial.variants);
+            let _ = writeln!(messages, "{line:>11.1} ms  {}", trial.variants);
             trials.push(trial.clone());
         })?;
         let Some(&(threads, microseconds)) = found.first() else { continue };
@@ -278,7 +256,7 @@ fn threads(args: &Args, model: &Model, all: &mut Vec<Tuned>) -> anyhow::Result<(
         } else {
             format!("pass --threads {threads}; nothing is stored, since load decides as well")
         };
-        say!("fastest   {threads} of {cores} threads: {advice}")?;
+        writeln!(messages, "fastest   {threads} of {cores} threads: {advice}")?;
         all.push(Tuned {
             device: name.clone(),
             size: size.to_string(),

@@ -2,14 +2,11 @@
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fpenet::view::{self, Server};
-use fpenet::{Model, bundled};
 
-use super::args::DeviceArgs;
-use super::segment::describe;
+use super::args::{DeviceArgs, ModelArgs};
 use crate::say;
 
 /// Options of `fpenet view`.
@@ -23,9 +20,8 @@ pub struct Args {
     /// Loopback address to serve on: 127.0.0.1 or ::1
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1", value_parser = host)]
     pub host: IpAddr,
-    /// Model file [default: the bundled CamVid weights]
-    #[arg(long, value_name = "FILE")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub model: ModelArgs,
     /// Open the page in the browser
     #[arg(long)]
     pub open: bool,
@@ -44,11 +40,8 @@ fn host(text: &str) -> Result<IpAddr, String> {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     view::check_loopback(args.host)?;
-    let model = match &args.model {
-        Some(path) => Model::load(path)?,
-        None => bundled::model()?,
-    };
-    let model_line = describe(&model, args.model.as_ref());
+    let model = args.model.load()?;
+    let model_line = args.model.explain(&model);
     let server = Server::new(model, args.device.settings(), SocketAddr::new(args.host, args.port))?;
     say!("device   {}", args.device.explain(server.device()))?;
     say!("model    {model_line}")?;

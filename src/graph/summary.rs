@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Graph, NodeId, Shape};
+use super::{Graph, Shape};
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::ops::Op;
@@ -57,7 +57,7 @@ pub fn summarise(config: &ModelConfig, n: usize, h: usize, w: usize) -> Result<S
     let views = views(&graph);
     let layer = |i: usize| {
         let node = &graph.nodes[i];
-        let cost = node.op.cost(&operands(&shapes, &node.inputs), shapes[i]);
+        let cost = node.op.cost(shapes[i]);
         let trainable = node.op.params().into_iter().map(|id| &graph.params[id.0]);
         Layer {
             name: node.name.clone(),
@@ -80,21 +80,14 @@ pub fn summarise(config: &ModelConfig, n: usize, h: usize, w: usize) -> Result<S
     })
 }
 
-fn operands(shapes: &[Shape], inputs: &[NodeId]) -> Vec<Shape> {
-    inputs.iter().map(|id| shapes[id.0]).collect()
-}
-
 /// What the decoder's high-level 1x1 convolutions would cost more behind the upsampling.
 fn upsampled_surplus(graph: &Graph, shapes: &[Shape]) -> u64 {
     let fusions = graph.nodes.iter().filter(|node| matches!(node.op, Op::MeuFuse(_)));
     let surplus = fusions.map(|fusion| {
         let [high, low, ..] = fusion.inputs[..] else { return 0 };
         let (op, low) = (&graph.node(high).op, shapes[low.0]);
-        let inputs = operands(shapes, &graph.node(high).inputs);
-        let after: Vec<Shape> = inputs.iter().map(|s| low.with_channels(s.c)).collect();
         let output = shapes[high.0];
-        let upsampled = op.cost(&after, low.with_channels(output.c)).flops;
-        upsampled - op.cost(&inputs, output).flops
+        op.cost(low.with_channels(output.c)).flops - op.cost(output).flops
     });
     surplus.sum()
 }

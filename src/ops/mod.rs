@@ -186,8 +186,8 @@ impl Op {
         }
     }
 
-    /// Work at the given shapes.
-    pub fn cost(&self, inputs: &[Shape], output: Shape) -> Cost {
+    /// Work for an output of the given shape.
+    pub fn cost(&self, output: Shape) -> Cost {
         match self {
             Op::Conv3x3(op) => op.cost(output),
             Op::Conv1x1(op) => op.cost(output),
@@ -203,10 +203,7 @@ impl Op {
             | Op::MeuFuse(_)
             | Op::Resize
             | Op::Subsample
-            | Op::WeightedPool => {
-                let _ = inputs;
-                Cost::default()
-            }
+            | Op::WeightedPool => Cost::default(),
         }
     }
 

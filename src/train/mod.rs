@@ -10,6 +10,7 @@
 //! checkpoint and writes the same files again.
 
 pub mod checkpoint;
+mod claim;
 pub mod class_weights;
 pub mod history;
 pub mod log;

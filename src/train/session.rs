@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::checkpoint::{Checkpoint, RunState};
+use super::claim::Claim;
 use super::history::EpochRecord;
 use super::observer::{Observer, Start, StepReport};
 use super::protocol::{Request, Runtime};
@@ -16,7 +17,6 @@ use crate::data::Dataset;
 use crate::data::loader::{Loader, LoaderOptions, Position};
 use crate::error::{Error, Result};
 use crate::exec::Training;
-use crate::files::create_folder;
 use crate::graph::ParamStore;
 use crate::model::Model;
 
@@ -44,16 +44,17 @@ pub struct Outcome {
 pub fn train(request: &Request, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
     let begun = Instant::now();
     let paths = Paths::new(&request.out);
-    let (data, val, start, _lock);
+    let (data, val, start, _claim);
     if paths.holds_run(request)? {
         // Before anything is read: another process may be writing it.
-        _lock = paths.lock()?;
+        _claim = Claim::new(&paths)?;
         (data, val, start) = resume(request, Checkpoint::load(&paths.checkpoint)?)?;
     } else {
         // After everything that may be wrong with the request: a folder is made only for a run.
         (data, val, start) = begin(request)?;
-        create_folder(&request.out)?;
-        _lock = paths.lock()?;
+        _claim = Claim::new(&paths)?;
+        // Another process may have begun and ended a run in the meantime.
+        paths.holds_run(request)?;
     }
     paths.tidy();
 

@@ -1,6 +1,5 @@
 //! Before the first update: the run's folder, its data, and the state it starts from.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use super::checkpoint::{Checkpoint, RunState};
@@ -54,32 +53,11 @@ impl Paths {
         }
     }
 
-    /// Removes what a killed session of this run left half written. Only under the [`lock`].
-    ///
-    /// [`lock`]: Paths::lock
+    /// Removes what a killed session of this run left half written. Only under a
+    /// [`Claim`](super::claim::Claim).
     pub fn tidy(&self) {
         for path in [&self.checkpoint, &self.best, &self.last, &self.log, &self.plot] {
             remove_leftovers(path);
-        }
-    }
-
-    /// Keeps a second process out of the folder. The system releases the lock however this
-    /// process ends.
-    ///
-    /// # Errors
-    /// [`Error::Io`] where the lock file cannot be made, [`Error::Failed`] where another process
-    /// holds it.
-    pub fn lock(&self) -> Result<File> {
-        let path = self.folder.join(".lock");
-        let file = File::create(&path).map_err(|e| Error::io("cannot write", &path, e))?;
-        match file.try_lock() {
-            Ok(()) => Ok(file),
-            Err(std::fs::TryLockError::WouldBlock) => Err(Error::Failed(format!(
-                "{}: another process is training here; wait for it, or choose another --out",
-                self.folder.display()
-            ))),
-            // A file system without locks: training without one beats not training.
-            Err(std::fs::TryLockError::Error(_)) => Ok(file),
         }
     }
 }

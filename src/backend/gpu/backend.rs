@@ -9,9 +9,9 @@ use super::cards::{self, Card};
 use super::choice::{self, Cache, Choice, Chosen, Key, Source};
 use super::control::{self, Hyper, Run};
 use super::cost;
-use super::device::{Buffer, Element, GpuDevice, LANES, Place};
-use super::lower::{self, Memory, Program, Target};
-use super::prepared::Prepared;
+use super::device::{Element, GpuDevice, LANES, Place};
+use super::lower::{self, Program, Target};
+use super::prepared::{Prepared, Reservation};
 use super::variants::{Expanded, Variants};
 use crate::backend::{
     AdamStep, Backend, Counters, Images, Mark, Output, Precision, Rgb, State, Work,
@@ -71,7 +71,8 @@ impl<D: GpuDevice> GpuBackend<D> {
     }
 
     /// The same with a fixed choice of kernels, for plans prepared from now on. Without it the
-    /// variable `FPENET_VARIANTS` chooses, else [`Variants::default`].
+    /// variable `FPENET_VARIANTS` chooses, else a cache ([`Self::with_cache`]), else
+    /// [`Variants::default`].
     pub fn with_variants(self, variants: Variants) -> Self {
         GpuBackend { variants: Some(variants), ..self }
     }
@@ -136,20 +137,7 @@ impl<D: GpuDevice> GpuBackend<D> {
     fn release(&mut self) -> Result<()> {
         self.device.forget_sequences();
         let Some(prepared) = self.prepared.take() else { return Ok(()) };
-        let memory = prepared.memory;
-        let optional = [memory.params_half, memory.grads].into_iter().flatten();
-        let fixed = [
-            memory.arena,
-            memory.params,
-            memory.statistics,
-            memory.scratch,
-            memory.labels,
-            memory.control,
-            memory.counters,
-        ];
-        let pairs = memory.moments.into_iter().chain(memory.rgb).flatten();
-        let all = fixed.into_iter().chain(optional).chain(pairs);
-        all.into_iter().try_for_each(|buffer| self.device.free(buffer))
+        prepared.buffers.into_iter().try_for_each(|buffer| self.device.free(buffer))
     }
 
     /// Scores to labels, where the forward pass has not made them.
@@ -164,9 +152,7 @@ impl<D: GpuDevice> GpuBackend<D> {
         let (device, prepared) = self.parts()?;
         device.submit(sequence, commands(&prepared.program))
     }
-}
 
-impl<D: GpuDevice> GpuBackend<D> {
     /// Makes the stem read 8-bit RGB from now on, if it can, and says where that belongs.
     fn set_rgb(&mut self, plan: &Plan, rgb: &Rgb) -> Result<Option<Place>> {
         rgb.check(plan.input.shape)?;
@@ -200,10 +186,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
 
     fn prepare(&mut self, plan: &Plan) -> Result<()> {
         let training = plan.mode == Mode::Training;
-        let element = match self.precision {
-            Precision::F16 => Element::F16,
-            Precision::F32 => Element::F32,
-        };
+        let element = Element::from(self.precision);
         if training && self.expanded == Some(Expanded::Bytes) {
             let text = "expanded=bytes: expected inference, found training; use expanded=stored";
             return Err(Error::Usage(text.into()));
@@ -218,74 +201,17 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             self.device.use_graphs(graphs);
         }
         self.chosen = Some(chosen);
-        let pixels = plan.input.shape.n * plan.input.shape.plane();
-        let device = &mut self.device;
-        let mut vector = |len: usize, purpose: &'static str| -> Result<Buffer> {
-            let buffer = device.alloc(4 * len.max(1), purpose)?;
-            device.zero(buffer.into(), 4 * len.max(1))?;
-            Ok(buffer)
-        };
-        let params = vector(plan.param_len, "parameters")?;
-        let control = vector(control::BYTES / 4, "training state")?;
-        let (grads, moments) = if training {
-            let len = plan.trainable_len;
-            let moments = [vector(len, "first moments")?, vector(len, "second moments")?];
-            (Some(vector(len, "gradients")?), Some(moments))
-        } else {
-            (None, None)
-        };
-        let params_half = match element {
-            Element::F16 => Some(device.alloc(2 * plan.param_len.max(1), "half parameters")?),
-            Element::F32 => None,
-        };
-        let rgb = match training {
-            true => None,
-            false => {
-                let values = device.alloc(plan.input.shape.len(), "8-bit input")?;
-                Some([values, device.alloc(size_of::<[[f32; 3]; 2]>(), "normalisation")?])
-            }
-        };
-        let arena = device.alloc(element.size() * plan.arena_len.max(1), "arena")?;
-        let labels = device.alloc(pixels, "labels")?;
-        // Scratch and statistics are sized by a first lowering that needs no memory of its own.
-        let mut memory = Memory {
-            arena,
-            params,
-            params_half,
-            grads,
-            moments,
-            statistics: arena,
-            scratch: arena,
-            rgb,
-            labels,
-            control,
-            counters: arena,
-        };
-        let target = Target { element, shared_limit: device.shared_memory_limit(), variants };
-        let needed = lower::lower(plan, &memory, target)?;
-        if variants.expanded == Expanded::Bytes && needed.in_bytes == 0 {
+        let target = Target { element, shared_limit: self.device.shared_memory_limit(), variants };
+        let mut reserved = Reservation::new(&mut self.device);
+        let memory = reserved.memory(plan, target)?;
+        let program = lower::lower(plan, &memory, target)?;
+        if variants.expanded == Expanded::Bytes && program.in_bytes == 0 {
             check_no_bytes(plan, element)?;
         }
-        memory.scratch = device.alloc(needed.scratch_bytes.max(4), "scratch")?;
-        memory.statistics = device.alloc(needed.statistics_bytes.max(4), "statistics")?;
-        let counter_bytes = needed.counter_bytes.max(4);
-        memory.counters = device.alloc(counter_bytes, "counters")?;
-        device.zero(memory.counters.into(), counter_bytes)?;
-        let program = lower::lower(plan, &memory, target)?;
-        let halves = if params_half.is_some() { 2 * plan.param_len } else { 0 };
-        let vectors = plan.param_len + if training { 3 * plan.trainable_len } else { 0 };
-        let images = if training { 0 } else { plan.input.shape.len() };
-        let reserved_bytes = element.size() * plan.arena_len
-            + 4 * vectors
-            + halves
-            + images
-            + pixels
-            + needed.scratch_bytes
-            + needed.statistics_bytes
-            + needed.counter_bytes
-            + control::BYTES;
+        let (buffers, reserved_bytes) = reserved.keep();
         self.prepared = Some(Prepared {
             memory,
+            buffers,
             forward_rgb: program.forward_rgb(),
             program,
             is_rgb: false,
@@ -294,7 +220,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             arena_len: plan.arena_len,
             param_len: plan.param_len,
             trainable_len: plan.trainable_len,
-            pixels,
+            pixels: plan.input.shape.n * plan.input.shape.plane(),
             classes: plan.logits.shape.c,
             class_weights: Vec::new(),
             labels_written: false,
@@ -567,11 +493,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
     }
 
     fn tuning_key(&self, plan: &Plan) -> Option<Key> {
-        let element = match self.precision {
-            Precision::F16 => Element::F16,
-            Precision::F32 => Element::F32,
-        };
-        Some(Key::new(self.device.identity(), plan, element))
+        Some(Key::new(self.device.identity(), plan, self.precision.into()))
     }
 }
 

@@ -2,9 +2,10 @@
 //! for it: a model's prediction, never a measurement.
 //!
 //! Bytes: each operand once per command; what blocks read again (halos of tiles, weights) is counted
-//! apart, since it comes from L2. FLOPs: two per multiply-accumulate, the few of an epilogue or an interpolation roughly. The time of a command is
-//! max(bytes / bandwidth, FLOPs / peak) plus the cost of a dependency between kernels; its bytes come
-//! from L2 as far as they fit in there, the rest from memory.
+//! apart, since it comes from L2. FLOPs: two per multiply-accumulate, the few of an epilogue or an
+//! interpolation roughly. The time of a command is max(bytes / bandwidth, FLOPs / peak) plus the cost of
+//! a dependency between kernels; its bytes come from L2 as far as they fit in there, the rest from
+//! memory.
 
 use super::cards::Card;
 use super::device::Element;
@@ -66,7 +67,7 @@ pub struct CommandCost {
     pub flops: u64,
     /// What computes them.
     pub unit: Unit,
-    /// Of these, operations of the CUDA cores beside a unit that multiplies matrices.
+    /// Of the operations, those of the CUDA cores beside a unit that multiplies matrices.
     pub beside: u64,
     /// Bytes from L2 and operations of the CUDA cores that one block has left when all others are
     /// done.
@@ -226,11 +227,7 @@ impl<'a> Group<'a> {
     }
 
     fn macs(&self) -> usize {
-        let macs = |step: &Step| {
-            let inputs: Vec<_> = step.inputs.iter().map(|tensor| tensor.shape).collect();
-            step.op.cost(&inputs, step.output.shape).macs as usize
-        };
-        self.steps.iter().map(macs).sum()
+        self.steps.iter().map(|step| step.op.cost(step.output.shape).macs as usize).sum()
     }
 }
 
@@ -505,6 +502,7 @@ fn strided(group: &Group, launch: &Launch, whole: usize) -> CommandCost {
 
 /// A launch of the decoder in two, by its arguments.
 fn fused_decoder(class: &str, launch: &Launch, element: Element) -> CommandCost {
+    // Of a composed map, whatever the number of classes: MAP_ROWS of kernels/decoder.cuh.
     const ROWS: usize = 20;
     let (size, n) = (element.size(), launch.grid[2] as usize);
     let (at, blocks) = (|i: usize| int(launch, i), launch.grid[0] as usize * n);

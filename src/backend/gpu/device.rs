@@ -7,7 +7,7 @@ use half::f16;
 
 use super::cards::Card;
 use super::launch::{Command, Gemm, Launch};
-use crate::backend::Mark;
+use crate::backend::{Mark, Precision};
 use crate::error::Result;
 
 /// Batches that can be under way at once: one is copied while the device works on the other.
@@ -46,6 +46,15 @@ pub enum Element {
     F32,
     /// 2 bytes.
     F16,
+}
+
+impl From<Precision> for Element {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Element::F32,
+            Precision::F16 => Element::F16,
+        }
+    }
 }
 
 impl Element {

@@ -5,11 +5,12 @@ mod byte_scales;
 mod collapse;
 mod even_grid;
 mod fold;
+mod fuse;
 mod join;
 mod rewriter;
 
+use super::Graph;
 use super::params::ParamStore;
-use super::{Graph, Node, NodeId};
 use crate::ops::{Act, Op};
 
 /// Rewrites beyond [`for_inference`] that save work without changing the function computed. Each
@@ -25,7 +26,7 @@ pub struct Rewrites {
     /// A block's projection and the next one's expansion as one step.
     pub join_pointwise: bool,
     /// Scales by which the expanded tensors of stride-1 blocks may be kept in 8 bits
-    /// ([`Node::byte_scale`]); what is computed is the same up to half a step of theirs.
+    /// ([`Node::byte_scale`](super::Node::byte_scale)); what is computed is the same up to half a step of theirs.
     pub byte_scales: bool,
 }
 
@@ -72,7 +73,7 @@ pub fn for_inference_with(
 /// The graph that a training step runs: residual additions and ReLUs are done by the batch norm
 /// before them, in the pass over memory that it makes anyway.
 pub fn for_training(graph: &Graph) -> Graph {
-    fuse_epilogues(graph, |op, act| match op {
+    fuse::epilogues(graph, |op, act| match op {
         Op::BatchNorm(bn) if bn.act == Act::None && act != Act::Sigmoid => Some(&mut bn.act),
         _ => None,
     })
@@ -82,55 +83,12 @@ pub fn for_training(graph: &Graph) -> Graph {
 /// residual additions and non-linearities are fused behind those. Exact up to rounding.
 pub fn for_inference(graph: &Graph, params: &ParamStore) -> (Graph, ParamStore) {
     let (graph, params) = fold::batch_norms(graph, params);
-    let graph = fuse_epilogues(&graph, |op, act| match op {
+    let graph = fuse::epilogues(&graph, |op, act| match op {
         Op::Conv1x1(conv) if conv.act == Act::None => Some(&mut conv.act),
         Op::Conv3x3(conv) if conv.act == Act::None && act != Act::Sigmoid => Some(&mut conv.act),
         _ => None,
     });
     (graph, params)
-}
-
-/// Merges `Add` and `Activation` nodes into the node before them where that node has no other
-/// consumer and `slot` offers a place for an activation (an addition needs a free one too).
-fn fuse_epilogues(graph: &Graph, slot: impl Fn(&mut Op, Act) -> Option<&mut Act>) -> Graph {
-    let consumers = graph.consumers();
-    let mut nodes: Vec<Node> = Vec::new();
-    let mut moved: Vec<NodeId> = Vec::new();
-    for node in &graph.nodes {
-        let inputs: Vec<NodeId> = node.inputs.iter().map(|i| moved[i.0]).collect();
-        let before = node.inputs.first().filter(|i| consumers[i.0].len() == 1).map(|i| moved[i.0]);
-        let fused = before.filter(|&before| {
-            let target = &mut nodes[before.0];
-            match &node.op {
-                Op::Activation(a) => match slot(&mut target.op, a.act) {
-                    Some(act) => {
-                        *act = a.act;
-                        true
-                    }
-                    None => false,
-                },
-                Op::Add => {
-                    let free = slot(&mut target.op, Act::Relu).is_some();
-                    let fits = free && target.inputs.len() == 1 && inputs[1] < before;
-                    if fits {
-                        target.inputs.push(inputs[1]);
-                    }
-                    fits
-                }
-                _ => false,
-            }
-        });
-        moved.push(fused.unwrap_or_else(|| {
-            nodes.push(Node { inputs, ..node.clone() });
-            NodeId(nodes.len() - 1)
-        }));
-    }
-    Graph {
-        nodes,
-        params: graph.params.clone(),
-        logits: moved[graph.logits.0],
-        named: graph.named.iter().map(|(name, id)| (name.clone(), moved[id.0])).collect(),
-    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use super::*;
 use crate::backend::cpu::{CpuBackend, Isa};
 use crate::config::{Attention, BlockActivation, Decoder, ModelConfig};
 use crate::exec::Inference;
-use crate::graph::{Mode, ParamId, ParamRole, Shape};
+use crate::graph::{Mode, Node, ParamId, ParamRole, Shape};
 use crate::model::Model;
 use crate::ops::Norm;
 

@@ -84,24 +84,7 @@ pub(super) fn step(low: &mut Lowering, step: &Step) {
         }
         Op::Activation(op) => {
             if let Some(dx) = slot(0) {
-                let (y, to) = (&step.output, &dx.tensor);
-                let args = args![
-                    low.at(y),
-                    low.at(dy),
-                    low.at(to),
-                    act_code(op.act),
-                    dx.accumulate,
-                    y.shape.plane(),
-                    y.batch_stride,
-                    y.plane_stride,
-                    dy.batch_stride,
-                    dy.plane_stride,
-                    to.batch_stride,
-                    to.plane_stride,
-                ];
-                let name = low
-                    .name(Typed { f32: "activation_backward_f32", f16: "activation_backward_f16" });
-                low.launch(launch::planes(name, y.shape, args));
+                activation(low, op.act, &step.output, dy, dx);
             }
         }
         Op::Add => {
@@ -120,67 +103,93 @@ pub(super) fn step(low: &mut Lowering, step: &Step) {
         }
         Op::GlobalAvgPool => {
             if let Some(dx) = slot(0) {
-                let to = &dx.tensor;
-                let args = args![
-                    low.at(dy),
-                    low.at(to),
-                    dx.accumulate,
-                    to.shape.plane(),
-                    dy.batch_stride,
-                    dy.plane_stride,
-                    to.batch_stride,
-                    to.plane_stride,
-                ];
-                let name = low.name(Typed {
-                    f32: "global_pool_backward_f32",
-                    f16: "global_pool_backward_f16",
-                });
-                low.launch(launch::planes(name, to.shape, args));
+                global_pool(low, dy, dx);
             }
         }
         Op::ChannelMean => {
             if let Some(dx) = slot(0) {
-                let to = &dx.tensor;
-                let args = args![
-                    low.at(dy),
-                    low.at(to),
-                    dx.accumulate,
-                    to.shape.c,
-                    to.shape.plane(),
-                    dy.batch_stride,
-                    to.batch_stride,
-                    to.plane_stride,
-                ];
-                let name = low.name(Typed {
-                    f32: "channel_mean_backward_f32",
-                    f16: "channel_mean_backward_f16",
-                });
-                low.launch(launch::planes(name, to.shape, args));
+                channel_mean(low, dy, dx);
             }
         }
         Op::MeuFuse(op) => meu_fuse(low, step, dy, op.spatial),
         Op::Resize => {
             if let Some(dx) = slot(0) {
-                let to = &dx.tensor;
-                let args = args![
-                    low.at(dy),
-                    low.at(to),
-                    dx.accumulate,
-                    to.shape.h,
-                    to.shape.w,
-                    dy.shape.h,
-                    dy.shape.w,
-                    dy.batch_stride,
-                    dy.plane_stride,
-                    to.batch_stride,
-                    to.plane_stride,
-                ];
-                let name =
-                    low.name(Typed { f32: "resize_backward_f32", f16: "resize_backward_f16" });
-                low.launch(launch::tiles(name, to.shape, args));
+                resize(low, dy, dx);
             }
         }
     }
+}
+
+fn activation(low: &mut Lowering, act: Act, y: &Tensor, dy: &Tensor, dx: GradSlot) {
+    let to = &dx.tensor;
+    let args = args![
+        low.at(y),
+        low.at(dy),
+        low.at(to),
+        act_code(act),
+        dx.accumulate,
+        y.shape.plane(),
+        y.batch_stride,
+        y.plane_stride,
+        dy.batch_stride,
+        dy.plane_stride,
+        to.batch_stride,
+        to.plane_stride,
+    ];
+    let name = low.name(Typed { f32: "activation_backward_f32", f16: "activation_backward_f16" });
+    low.launch(launch::planes(name, y.shape, args));
+}
+
+fn global_pool(low: &mut Lowering, dy: &Tensor, dx: GradSlot) {
+    let to = &dx.tensor;
+    let args = args![
+        low.at(dy),
+        low.at(to),
+        dx.accumulate,
+        to.shape.plane(),
+        dy.batch_stride,
+        dy.plane_stride,
+        to.batch_stride,
+        to.plane_stride,
+    ];
+    let name = low.name(Typed { f32: "global_pool_backward_f32", f16: "global_pool_backward_f16" });
+    low.launch(launch::planes(name, to.shape, args));
+}
+
+fn channel_mean(low: &mut Lowering, dy: &Tensor, dx: GradSlot) {
+    let to = &dx.tensor;
+    let args = args![
+        low.at(dy),
+        low.at(to),
+        dx.accumulate,
+        to.shape.c,
+        to.shape.plane(),
+        dy.batch_stride,
+        to.batch_stride,
+        to.plane_stride,
+    ];
+    let name =
+        low.name(Typed { f32: "channel_mean_backward_f32", f16: "channel_mean_backward_f16" });
+    low.launch(launch::planes(name, to.shape, args));
+}
+
+fn resize(low: &mut Lowering, dy: &Tensor, dx: GradSlot) {
+    let to = &dx.tensor;
+    let args = args![
+        low.at(dy),
+        low.at(to),
+        dx.accumulate,
+        to.shape.h,
+        to.shape.w,
+        dy.shape.h,
+        dy.shape.w,
+        dy.batch_stride,
+        dy.plane_stride,
+        to.batch_stride,
+        to.plane_stride,
+    ];
+    let name = low.name(Typed { f32: "resize_backward_f32", f16: "resize_backward_f16" });
+    low.launch(launch::tiles(name, to.shape, args));
 }
 
 /// db[c] = sum over n, p of dY[n][c][p].
