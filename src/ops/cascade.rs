@@ -150,35 +150,41 @@ impl Cascade {
         let len = shared.len().next_multiple_of(16);
         let chains = x.shape().n * width;
         let run = chains.div_ceil(4 * rayon::current_num_threads());
+        // Operands in the order in which they are read: branch by branch, chain by chain.
+        let place = |link: usize| {
+            let (branch, chain) = (link % branches, link / branches);
+            (branch, chain / width, chain % width)
+        };
+        let operand = |link: usize| {
+            let (branch, n, chain) = place(link);
+            x.plane(n, self.channel(branch, chain))
+        };
         (0..chains.div_ceil(run)).into_par_iter().for_each(|task| {
-            let last = ((task + 1) * run).min(chains);
+            let links = task * run * branches..((task + 1) * run).min(chains) * branches;
             with_scratch(2 * len, |scratch| {
                 let (mut copy, mut next_copy) = scratch.split_at_mut(len);
                 shared.clear_border(copy);
                 shared.clear_border(next_copy);
-                for task in task * run..last {
-                    let (n, chain) = (task / width, task % width);
-                    shared.fill(isa, x.plane(n, self.channel(0, chain)), None, copy);
-                    for branch in 0..branches {
-                        let plane = |branch| x.plane(n, self.channel(branch, chain));
-                        let next =
-                            (branch + 1 < branches).then(|| (plane(branch + 1), &mut *next_copy));
-                        // The operand after the next one, or the first ones of the next chain.
-                        let ahead = match branch + 2 {
-                            two if two < branches => plane(two),
-                            two if task + 1 < last => {
-                                let (n, chain) = ((task + 1) / width, (task + 1) % width);
-                                x.plane(n, self.channel((two - branches) % branches, chain))
-                            }
-                            _ => &[],
-                        };
-                        // One task per chain; x of this branch has been copied, so y may overwrite it.
-                        let y = unsafe { y.plane_mut(n, self.channel(branch, chain)) };
-                        let (w, bias) = (&weights[branch][9 * chain..][..9], biases[branch][chain]);
-                        let link = shared.with_dilation(self.dilations[branch]);
-                        link.convolve_onward(isa, copy, w, bias, y, Onward { next, ahead });
-                        std::mem::swap(&mut copy, &mut next_copy);
+                for link in links.clone() {
+                    let (branch, n, chain) = place(link);
+                    if branch == 0 {
+                        shared.fill(isa, operand(link), None, copy);
                     }
+                    let next =
+                        (branch + 1 < branches).then(|| (operand(link + 1), &mut *next_copy));
+                    let ahead = if links.contains(&(link + 2)) { operand(link + 2) } else { &[] };
+                    let (w, bias) = (&weights[branch][9 * chain..][..9], biases[branch][chain]);
+                    // One task per chain; x of this branch has been copied, so y may overwrite it.
+                    let y = unsafe { y.plane_mut(n, self.channel(branch, chain)) };
+                    shared.with_dilation(self.dilations[branch]).convolve_onward(
+                        isa,
+                        copy,
+                        w,
+                        bias,
+                        y,
+                        Onward { next, ahead },
+                    );
+                    std::mem::swap(&mut copy, &mut next_copy);
                 }
             });
         });
