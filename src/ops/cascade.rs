@@ -81,18 +81,13 @@ impl Cascade {
     }
 }
 
-/// Two copies and three planes in half of a core's level-2 cache of the day (1 MiB): larger ones (at
-/// 128 x 256 and more) run faster link by link, on one copy and two planes. Measured on a Zen 4.
-const CHAINED_BYTES: usize = 512 << 10;
+/// Up to here two copies and three planes leave room in a level-2 cache of 1 MiB. Above it (128 x 256
+/// and more) one copy and two planes are faster: measured on a Zen 4.
+const HANDED_ON_BYTES: usize = 512 << 10;
 
 impl Cascade {
     fn padded(&self, x: Shape, branch: usize) -> Padded {
         Padded::new(x.h, x.w, self.dilations[branch], self.stride)
-    }
-
-    /// The largest dilation: a border wide enough for every branch.
-    fn margin(&self) -> usize {
-        self.dilations.iter().copied().max().unwrap_or(1)
     }
 
     /// Elements of the largest padded plane over all branches.
@@ -107,12 +102,76 @@ impl Cascade {
 
     /// Forward with batch norm folded into weights and biases (one pair per branch):
     /// N x C x H x W -> N x C x ceil(H / stride) x ceil(W / stride). y may be x with stride 1.
+    ///
+    /// With stride 1 all chains of a task share their padded copies, whose border is as wide as the
+    /// largest dilation and cleared once. Where two copies fit the cache, a branch writes y_i and, while
+    /// it has it in registers, s_{i+1} = x_{i+1} + y_i into the copy that the next one reads.
     pub fn forward(&self, isa: Isa, x: View, weights: &[&[f32]], biases: &[&[f32]], y: ViewMut) {
-        let shared = Padded::new(x.shape().h, x.shape().w, self.margin(), 1);
-        let live = (2 * shared.len() + 3 * x.shape().plane()) * size_of::<f32>();
-        if self.addition && self.stride == 1 && live <= CHAINED_BYTES {
-            return self.forward_chained(isa, x, weights, biases, y, shared);
+        if self.stride == 2 {
+            return self.forward_strided(isa, x, weights, biases, y);
         }
+        let (width, branches) = (self.width(), self.dilations.len());
+        let margin = self.dilations.iter().copied().max().unwrap_or(1);
+        let shared = Padded::new(x.shape().h, x.shape().w, margin, 1);
+        // Copies start on cache lines.
+        let len = shared.len().next_multiple_of(16);
+        let live = (2 * len + 3 * x.shape().plane()) * size_of::<f32>();
+        let handed_on = self.addition && live <= HANDED_ON_BYTES;
+        let chains = x.shape().n * width;
+        let run = chains.div_ceil(4 * rayon::current_num_threads());
+        // Operands in the order in which they are read: branch by branch, chain by chain.
+        let place = |link: usize| {
+            let (branch, chain) = (link % branches, link / branches);
+            (chain / width, self.channel(branch, chain % width))
+        };
+        let operand = |link: usize| {
+            let (n, c) = place(link);
+            x.plane(n, c)
+        };
+        (0..chains.div_ceil(run)).into_par_iter().for_each(|task| {
+            let links = task * run * branches..((task + 1) * run).min(chains) * branches;
+            with_scratch(2 * len, |scratch| {
+                let (mut copy, mut next_copy) = scratch.split_at_mut(len);
+                shared.clear_border(copy);
+                if handed_on {
+                    shared.clear_border(next_copy);
+                }
+                for link in links.clone() {
+                    let (branch, chain) = (link % branches, link / branches % width);
+                    if branch == 0 || !handed_on {
+                        let before = (self.addition && branch > 0).then(|| {
+                            let (n, c) = place(link - 1);
+                            y.as_view().plane(n, c)
+                        });
+                        shared.fill(isa, operand(link), before, copy);
+                    }
+                    let next = (handed_on && branch + 1 < branches)
+                        .then(|| (operand(link + 1), &mut *next_copy));
+                    let soon = if handed_on { link + 2 } else { link + 1 };
+                    let ahead = if links.contains(&soon) { operand(soon) } else { &[] };
+                    let (w, bias) = (&weights[branch][9 * chain..][..9], biases[branch][chain]);
+                    let (n, c) = place(link);
+                    // One task per chain; x of this branch has been copied, so y may overwrite it.
+                    let y = unsafe { y.plane_mut(n, c) };
+                    let convolution = shared.with_dilation(self.dilations[branch]);
+                    convolution.convolve_onward(isa, copy, w, bias, y, Onward { next, ahead });
+                    if handed_on {
+                        std::mem::swap(&mut copy, &mut next_copy);
+                    }
+                }
+            });
+        });
+    }
+
+    /// [`Cascade::forward`] with stride 2, where nothing is added.
+    fn forward_strided(
+        &self,
+        isa: Isa,
+        x: View,
+        weights: &[&[f32]],
+        biases: &[&[f32]],
+        y: ViewMut,
+    ) {
         let width = self.width();
         (0..x.shape().n * width).into_par_iter().for_each(|task| {
             let (n, chain) = (task / width, task % width);
@@ -120,71 +179,12 @@ impl Cascade {
                 for branch in 0..self.dilations.len() {
                     let c = self.channel(branch, chain);
                     let padded = self.padded(x.shape(), branch);
-                    let before = (self.addition && branch > 0)
-                        .then(|| y.as_view().plane(n, self.channel(branch - 1, chain)));
                     padded.clear_border(copy);
-                    padded.fill(isa, x.plane(n, c), before, copy);
-                    // One task per chain; x of this branch has been copied, so y may overwrite it.
+                    padded.fill(isa, x.plane(n, c), None, copy);
+                    // One task per chain.
                     let y = unsafe { y.plane_mut(n, c) };
                     let w = &weights[branch][9 * chain..][..9];
                     padded.convolve(isa, copy, w, biases[branch][chain], y);
-                }
-            });
-        });
-    }
-
-    /// [`Cascade::forward`] with branch addition: every branch writes y_i and, while it has it in
-    /// registers, s_{i+1} = x_{i+1} + y_i into the copy that the next one reads. Two copies serve all
-    /// chains of a task, with a border as wide as the largest dilation, cleared once.
-    fn forward_chained(
-        &self,
-        isa: Isa,
-        x: View,
-        weights: &[&[f32]],
-        biases: &[&[f32]],
-        y: ViewMut,
-        shared: Padded,
-    ) {
-        let (width, branches) = (self.width(), self.dilations.len());
-        // Copies start on cache lines.
-        let len = shared.len().next_multiple_of(16);
-        let chains = x.shape().n * width;
-        let run = chains.div_ceil(4 * rayon::current_num_threads());
-        // Operands in the order in which they are read: branch by branch, chain by chain.
-        let place = |link: usize| {
-            let (branch, chain) = (link % branches, link / branches);
-            (branch, chain / width, chain % width)
-        };
-        let operand = |link: usize| {
-            let (branch, n, chain) = place(link);
-            x.plane(n, self.channel(branch, chain))
-        };
-        (0..chains.div_ceil(run)).into_par_iter().for_each(|task| {
-            let links = task * run * branches..((task + 1) * run).min(chains) * branches;
-            with_scratch(2 * len, |scratch| {
-                let (mut copy, mut next_copy) = scratch.split_at_mut(len);
-                shared.clear_border(copy);
-                shared.clear_border(next_copy);
-                for link in links.clone() {
-                    let (branch, n, chain) = place(link);
-                    if branch == 0 {
-                        shared.fill(isa, operand(link), None, copy);
-                    }
-                    let next =
-                        (branch + 1 < branches).then(|| (operand(link + 1), &mut *next_copy));
-                    let ahead = if links.contains(&(link + 2)) { operand(link + 2) } else { &[] };
-                    let (w, bias) = (&weights[branch][9 * chain..][..9], biases[branch][chain]);
-                    // One task per chain; x of this branch has been copied, so y may overwrite it.
-                    let y = unsafe { y.plane_mut(n, self.channel(branch, chain)) };
-                    shared.with_dilation(self.dilations[branch]).convolve_onward(
-                        isa,
-                        copy,
-                        w,
-                        bias,
-                        y,
-                        Onward { next, ahead },
-                    );
-                    std::mem::swap(&mut copy, &mut next_copy);
                 }
             });
         });
