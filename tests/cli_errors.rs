@@ -260,6 +260,20 @@ fn half_precision_needs_a_gpu() {
     refused(&args, 2, &["--expanded", "stored, bytes"]);
 }
 
+/// `--expanded bytes` is of inference alone: taken and not heeded, it would make a run or a table look
+/// like what it is not.
+#[test]
+fn training_refuses_expanded_tensors_in_bytes() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("out");
+    let (data, out_text) = (place.path().to_str().unwrap(), out.to_str().unwrap());
+    for command in [&["train"][..], &["reproduce", "table2"], &["reproduce", "table8"]] {
+        let options = ["--data", data, "--out", out_text, "--expanded", "bytes"];
+        refused(&[command, &options].concat(), 2, &["--expanded bytes", "training"]);
+        assert!(!out.exists());
+    }
+}
+
 #[test]
 fn the_summary_prints_the_keys_that_others_read() {
     let output = fpenet(&["summary", "--size", "768x384", "--q", "5", "--json"]);

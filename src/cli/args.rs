@@ -113,6 +113,17 @@ impl DeviceArgs {
         Settings { device, precision, threads, expanded }
     }
 
+    /// Refuses what training would not heed.
+    pub fn for_training(&self) -> Result<()> {
+        match self.expanded {
+            Some(Expanded::Bytes) => Err(Error::Usage(
+                "--expanded bytes: expected inference, found training; use --expanded stored"
+                    .into(),
+            )),
+            Some(Expanded::Stored) | None => Ok(()),
+        }
+    }
+
     fn keep_expanded(&self, mut device: Box<dyn Backend>) -> Result<Box<dyn Backend>> {
         match self.expanded {
             Some(expanded) => device.keep_expanded(expanded).map(|()| device),

@@ -152,6 +152,7 @@ fn plans(args: &Args, tables: &[Table]) -> anyhow::Result<HashMap<Table, Plan>> 
             let text = format!("{}: expected --data DIR with the data to train on", table.name());
             return Err(Error::Usage(text).into());
         };
+        args.device.for_training()?;
         let mut request = request(args, data);
         let jobs = match table {
             Table::Camvid => {

@@ -163,6 +163,7 @@ fn request(args: Args) -> Request {
 /// Runs the command. A run that its user interrupts ends with exit code 1, one that reaches
 /// `--stop-after-minutes` with 0.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    args.device.for_training()?;
     let request = request(args);
     let interrupted = Arc::new(AtomicBool::new(false));
     // The first Ctrl-C (or kill) asks for a checkpoint; the second ends the process at once.
