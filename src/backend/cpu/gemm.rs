@@ -7,9 +7,10 @@
 //! Pixels are cut into tiles of [`TILE`]. A tile of X is packed into strips of NR pixels, each
 //! K x NR and contiguous, so that the inner loop reads memory in order whatever the plane
 //! stride. A strip stays in cache while all panels of MR rows of W pass over it (in L1 up to K =
-//! 128; the loop runs as fast from L2, read in order), and every store fills whole cache lines. Register block: MR = 6 rows x 2 vectors of AVX2 (12 accumulators, 2
-//! pixels, 1 weight: 15 of 16 registers), or x 4 of AVX-512 (29 of 32). 4 x 3 would need all 16,
-//! and the compiler spilled one: half the speed.
+//! 128; the loop runs as fast from L2, read in order), and every store fills whole cache lines.
+//! Register block: MR = 6 rows x 2 vectors of AVX2 (12 accumulators, 2 pixels, 1 weight: 15 of 16
+//! registers), or x 4 of AVX-512 (29 of 32). 4 x 3 would need all 16, and the compiler spilled one:
+//! half the speed.
 //!
 //! The `gemm` crate serves the weight gradients ([`dot_pixels`]), where there is no epilogue.
 
