@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,11 +25,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checking import ROOT, TOLERANCE, fpenet
 from dump_reference import randomise
 from fpenet_torch import Config, FPENet
 
-ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 1e-5
 CONFIGS = {
     "paper": Config(),
     "no long skip, ca decoder": Config(classes=7, p=1, q=2, long_skip=False, decoder="ca"),
@@ -94,13 +92,6 @@ def files(state: dict[str, Tensor], folder: Path) -> Iterator[tuple[str, Path, l
     yield "npz", path, [], False
     npz(path, floats(state, torch.float64), compressed=True)
     yield "npz f64, compressed", path, [], False
-
-
-def fpenet(binary: Path, *arguments: object) -> None:
-    command = [str(binary), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        sys.exit(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
 
 
 @torch.no_grad()

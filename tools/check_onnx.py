@@ -29,32 +29,9 @@ import onnx
 import onnxruntime as ort
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 1e-5
-TIE = 1e-4
-OPSETS = (17, 18, 20, 22)
+from checking import OPSETS, ROOT, TOLERANCE, fpenet, parse_size, reference, relative_l2, wrong_labels
 
 Runner = Callable[[np.ndarray], np.ndarray]
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    width, height = text.lower().split("x")
-    return int(width), int(height)
-
-
-def fpenet(binary: Path, *arguments: object) -> None:
-    command = [str(binary), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        sys.exit(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
-
-
-def reference(binary: Path, model: Path, image: np.ndarray, folder: Path) -> np.ndarray:
-    """Logits of `fpenet run` on the CPU."""
-    np.save(folder / "input.npy", image)
-    fpenet(binary, "run", "--device", "cpu", "--model", model, "--input", folder / "input.npy",
-           "--output", folder / "logits.npy")
-    return np.load(folder / "logits.npy")
 
 
 def onnx_runtime(path: Path) -> Runner:
@@ -69,23 +46,6 @@ def openvino(path: Path) -> Runner:
     hints = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.Core().compile_model(str(path), "CPU", hints)
     return lambda image: compiled([image])[0]
-
-
-def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
-    if found.shape != expected.shape:
-        sys.exit(f"expected shape {expected.shape}, found {found.shape}")
-    difference = found.astype(np.float64) - expected
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
-
-
-def wrong_labels(labels: np.ndarray, logits: np.ndarray) -> int:
-    """Pixels whose label is not the largest logit's index, near ties excepted."""
-    expected = (logits.shape[0], *logits.shape[2:])
-    if labels.dtype != np.int64 or labels.shape != expected:
-        sys.exit(f"labels: expected int64 {expected}, found {labels.dtype} {labels.shape}")
-    top = np.sort(logits, axis=1)[:, -2:]
-    clear = top[:, 1] - top[:, 0] > TIE
-    return int(((labels != logits.argmax(axis=1)) & clear).sum())
 
 
 def check_recipe(binary: Path, runtime: str, folder: Path) -> bool:

@@ -30,8 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples/python"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples/python"))
 try:
     import numpy as np
     import onnx
@@ -39,14 +38,12 @@ try:
 
     import build_tensorrt as recipe
     import trt_network
+    from checking import OPSETS, ROOT, TOLERANCE, fpenet, parse_size, reference, relative_l2, wrong_labels
 except ImportError as missing:
     sys.exit(f"{missing}: pip install -r tools/requirements-tensorrt.txt")
 
 BUNDLED = ROOT / "models/fpenet-camvid.safetensors"
-TOLERANCE = 1e-5
-TIE = 1e-4
 HALF_LABELS = 0.01
-OPSETS = (17, 18, 20, 22)
 
 
 class Report:
@@ -60,51 +57,9 @@ class Report:
         print(f"{'ok  ' if good else 'FAIL'} {text}", flush=True)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    try:
-        width, height = map(int, text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected WxH, for instance 480x360, found {text}") from None
-    return width, height
-
-
-def fpenet(binary: Path, *arguments: object) -> None:
-    command = [str(binary), *map(str, arguments)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        sys.exit(f"{binary}: {error.strerror}: cargo build --release, or --fpenet FILE")
-    if result.returncode != 0:
-        sys.exit(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.strip()}")
-
-
 def export(binary: Path, path: Path, *options: object) -> bytes:
     fpenet(binary, "export", "--onnx", path, *options)
     return path.read_bytes()
-
-
-def reference(binary: Path, model: Path, image: np.ndarray, folder: Path) -> np.ndarray:
-    """Logits of `fpenet run` on the CPU."""
-    np.save(folder / "input.npy", image)
-    fpenet(binary, "run", "--device", "cpu", "--model", model, "--input", folder / "input.npy",
-           "--output", folder / "logits.npy")
-    return np.load(folder / "logits.npy")
-
-
-def relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
-    if found.shape != expected.shape:
-        return float("inf")
-    difference = found.astype(np.float64) - expected
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
-
-
-def wrong_labels(labels: np.ndarray, logits: np.ndarray) -> int:
-    """Pixels whose label is not the largest logit's index, near ties excepted."""
-    if labels.dtype != np.int64 or labels.shape != (logits.shape[0], *logits.shape[2:]):
-        return labels.size
-    top = np.sort(logits, axis=1)[:, -2:]
-    clear = top[:, 1] - top[:, 0] > TIE
-    return int(((labels != logits.argmax(axis=1)) & clear).sum())
 
 
 def check_files(report: Report, binary: Path, name: str, model: Path, images: list[np.ndarray],
