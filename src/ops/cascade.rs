@@ -117,6 +117,7 @@ impl Cascade {
         let len = shared.len().next_multiple_of(16);
         let live = (2 * len + 3 * x.shape().plane()) * size_of::<f32>();
         let handed_on = self.addition && live <= HANDED_ON_BYTES;
+        let copies = if handed_on { 2 } else { 1 };
         let chains = x.shape().n * width;
         let run = chains.div_ceil(4 * rayon::current_num_threads());
         // Operands in the order in which they are read: branch by branch, chain by chain.
@@ -130,7 +131,7 @@ impl Cascade {
         };
         (0..chains.div_ceil(run)).into_par_iter().for_each(|task| {
             let links = task * run * branches..((task + 1) * run).min(chains) * branches;
-            with_scratch(2 * len, |scratch| {
+            with_scratch(copies * len, |scratch| {
                 let (mut copy, mut next_copy) = scratch.split_at_mut(len);
                 shared.clear_border(copy);
                 if handed_on {

@@ -18,7 +18,7 @@ use super::decode::{decode_bytes, decode_file};
 use super::input::{NetworkSize, check_memory, network_size, normalise, resize};
 use super::render::{self, Share};
 use crate::error::{Error, Result};
-use crate::files::{create_folder, write_atomic};
+use crate::files::write_atomic;
 
 /// Photos that wait in each queue: enough to keep the network busy, little enough to bound memory.
 const QUEUE: usize = 2;
@@ -60,7 +60,8 @@ struct Labelled {
 }
 
 /// Segments all items into the folder `out`, which is made, where it is missing, for the first one
-/// that has results. `report` hears of each item in order, on another thread, as soon as its files
+/// that has results; [`check_folder`](crate::files::check_folder) says beforehand whether it can be.
+/// `report` hears of each item in order, on another thread, as soon as its files
 /// are on disk or it has failed; a failure stops nothing else.
 ///
 /// # Errors
@@ -238,7 +239,9 @@ fn write(
     let size = labels.dimensions();
     let overlay_size = overlay.dimensions();
     let rgb = ExtendedColorType::Rgb8;
-    create_folder(out)?;
+    // The caller has checked that files can be created in it: not again for every photo.
+    std::fs::create_dir_all(out)
+        .map_err(|source| Error::io("cannot create or write the folder", out, source))?;
     write_png(&files[0], &labels, size, ExtendedColorType::L8, Content::Flat)?;
     write_png(&files[1], &mask, size, rgb, Content::Flat)?;
     write_png(&files[2], &overlay, overlay_size, rgb, Content::Photo)?;

@@ -376,8 +376,8 @@ impl TileKernel<'_> {
         }
     }
 
-    /// The same for a strip that ends outside the plane, from the sums of its rows: one strip of a
-    /// plane at most, and out of the way of the others.
+    /// The same for a strip that ends outside the range, from the sums of its rows: the last strip of
+    /// a range at most, and out of the way of the others.
     #[inline(never)]
     unsafe fn finish_partial(&self, sums: &mut [f32], at: Block) {
         let Block { row, pixels, kept, .. } = at;
