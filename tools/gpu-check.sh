@@ -5,26 +5,28 @@
 # where a check failed.
 #
 #   tools/gpu-check.sh [--device cuda|emulated] [--binary FILE] [--out DIR] [--sizes "WxH ..."]
-#                      [--iterations N] [--data CAMVID]
+#                      [--iterations N] [--data CAMVID] [--quick]
 #
 # Needs the built binary (the kernels are inside), tests/data and a shell; no compiler, no Python.
-#   --device      emulated runs the same on the CPU, to test this script (sizes then default to 64x32)
+#   --device      emulated runs the same on the CPU, to test this script (implies --quick)
 #   --binary      default: target/release/fpenet
 #   --out         default: benches/results
 #   --sizes       of the speed measurement, default: the three of the paper's Table 7
-#   --data        also train on this CamVid folder, in both precisions: an epoch (emulated: a few
+#   --data        also train on this CamVid folder, in both precisions: an epoch (--quick: a few
 #                 seconds of a small network)
+#   --quick       small sizes (64x32 unless --sizes says otherwise): seconds on a GPU, to see that all of it runs
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 device=cuda binary=$root/target/release/fpenet out=$root/benches/results
-sizes="" iterations="" data=""
+sizes="" iterations="" data="" quick=""
 command_line="tools/gpu-check.sh $*"
 wrong() { echo "gpu-check: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
     option=$1
     case $option in
         -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+        --quick) quick=yes; shift ;;
         --device | --binary | --out | --sizes | --iterations | --data)
             [ $# -ge 2 ] || wrong "$option needs a value (see --help)"
             printf -v "${option#--}" '%s' "$2"
@@ -33,10 +35,15 @@ while [ $# -gt 0 ]; do
     esac
 done
 case $device in
-    cuda) : "${sizes:=768x384 1024x512 1536x768}" "${iterations:=200}" ;;
-    emulated) : "${sizes:=64x32}" "${iterations:=2}" ;;
+    cuda) ;;
+    emulated) quick=yes ;;
     *) wrong "--device: expected cuda or emulated, found $device" ;;
 esac
+if [ -n "$quick" ]; then
+    : "${sizes:=64x32}" "${iterations:=2}"
+else
+    : "${sizes:=768x384 1024x512 1536x768}" "${iterations:=200}"
+fi
 [ -x "$binary" ] || wrong "$binary is not an executable: cargo build --release, or --binary FILE"
 folders=("$root"/tests/data/*/model.safetensors)
 [ -e "${folders[0]}" ] || wrong "$root/tests/data holds no reference folder"
@@ -121,7 +128,7 @@ done
 # The same photo three times, copies and work overlapping: three times the same labels.
 segment_thrice() {
     local resized=() results=$work/photos-$1
-    if [ "$device" = emulated ]; then resized=(--size 96x64); fi
+    if [ -n "$quick" ]; then resized=(--size 96x64); fi
     mkdir -p "$work/photos"
     for copy in a b c; do
         cp "$root/assets/example/street.jpg" "$work/photos/$copy.jpg" || return 1
@@ -166,7 +173,7 @@ for size in $sizes; do
         --size "$size" --precision f16 --expanded bytes --iterations "$iterations"
 done
 for precision in f32 f16; do
-    if [ "$device" = cuda ]; then
+    if [ -z "$quick" ]; then
         bench "bench training 480x360, batch 8, $precision" \
             --train --size 480x360 --batch 8 --precision $precision --iterations 20
     else
@@ -176,7 +183,7 @@ for precision in f32 f16; do
 done
 if [ -n "$data" ]; then
     train=(--epochs 1)
-    if [ "$device" = emulated ]; then
+    if [ -n "$quick" ]; then
         train=(--size 32x24 --batch 2 --p 1 --q 1 --val-split none --stop-after-minutes 0.2)
     fi
     for precision in f32 f16; do

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys::{CUevent, CUevent_flags, CUresult, CUstream};
+use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUresult, CUstream};
 
 /// Events in use at a time: more than any pass over a network has steps. The oldest is used again.
 const RING: u32 = 4096;
@@ -34,7 +34,7 @@ impl Events {
     pub(super) fn elapsed(&self, from: u32, to: u32) -> Result<Duration, DriverError> {
         let (from, to) = (self.event(from)?, self.event(to)?);
         unsafe { result::event::synchronize(to)? };
-        let milliseconds = unsafe { result::event::elapsed(from, to)? };
+        let milliseconds = unsafe { milliseconds(from, to)? };
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
 
@@ -44,6 +44,22 @@ impl Events {
         let kept = event.filter(|_| (1..=RING).contains(&age));
         kept.copied().ok_or(DriverError(CUresult::CUDA_ERROR_INVALID_HANDLE))
     }
+}
+
+/// By the driver's name for the call that every version has: cudarc asks for `cuEventElapsedTime_v2`, which
+/// came with the driver for CUDA 12.8, and panics where it is missing.
+///
+/// # Safety
+/// Both events exist and were recorded with time stamps.
+unsafe fn milliseconds(from: CUevent, to: CUevent) -> Result<f32, DriverError> {
+    type ElapsedTime = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
+    let mut milliseconds = 0.0;
+    unsafe {
+        let call = sys::culib().get::<ElapsedTime>(b"cuEventElapsedTime\0");
+        let call = call.map_err(|_| DriverError(CUresult::CUDA_ERROR_NOT_FOUND))?;
+        call(&mut milliseconds, from, to).result()?;
+    }
+    Ok(milliseconds)
 }
 
 impl Drop for Events {

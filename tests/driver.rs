@@ -1,0 +1,317 @@
+//! The CUDA backend against a driver and a cuBLAS played on the CPU (tests/driver/driver.h): opening, copies, streams,
+//! graphs, arguments and errors, where there is no GPU. That results are right and fast on a card is for
+//! tools/gpu-check.sh to say.
+//!
+//! Passed over where the binary holds no kernels (built without nvcc). To run any command so, after these tests:
+//! `LD_LIBRARY_PATH=target/tmp/driver target/release/fpenet COMMAND --device cuda`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use fpenet::{Model, ModelConfig};
+use image::{Rgb, RgbImage};
+
+const REFERENCE: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sigmoid_attention_one_branch");
+/// When work in streams is done (driver.h): as late as may be, at once, now and then.
+const ORDERS: [&str; 4] = ["late", "early", "1", "2"];
+
+/// The two libraries and the program with mistakes.
+struct Libraries {
+    folder: PathBuf,
+}
+
+/// None where they cannot be used, after saying why.
+fn libraries() -> Option<&'static Libraries> {
+    static BUILT: OnceLock<Option<Libraries>> = OnceLock::new();
+    BUILT
+        .get_or_init(|| {
+            if let Some(reason) = impossible() {
+                eprintln!("passed over: {reason}");
+                return None;
+            }
+            let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("driver");
+            // A folder of its own per process: two test runs may overlap.
+            let own = folder.with_extension(std::process::id().to_string());
+            fs::create_dir_all(&own).unwrap();
+            build(&own);
+            let _ = fs::remove_dir_all(&folder);
+            fs::rename(&own, &folder).unwrap();
+            Some(Libraries { folder })
+        })
+        .as_ref()
+}
+
+fn impossible() -> Option<&'static str> {
+    let devices = Command::new(env!("CARGO_BIN_EXE_fpenet")).arg("devices").output().unwrap();
+    let devices = String::from_utf8(devices.stdout).unwrap();
+    let line = |kind| devices.lines().find(|line: &&str| line.starts_with(kind)).unwrap_or("");
+    if line("cuda").contains("built without nvcc") {
+        return Some("this binary holds no CUDA kernels (tools/install-nvcc.sh, then build again)");
+    }
+    line("emulated").contains("not available").then_some("there is no host build of the kernels")
+}
+
+fn build(folder: &Path) {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/driver");
+    let kernels = Path::new(env!("OUT_DIR")).join("libfpenet_host_kernels.a");
+    let compile = |arguments: &[&str], inputs: &[&Path], out: &str| {
+        let mut command = Command::new("c++");
+        command.args(["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-fPIC"]);
+        command.args(["-fvisibility=hidden", "-static-libstdc++", "-static-libgcc", "-I"]);
+        command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels"));
+        command.args(arguments).args(inputs).arg("-o").arg(folder.join(out));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let files = ["device", "streams", "memory", "modules"].map(|name| sources.join(name));
+    let files = files.map(|path| path.with_extension("cpp"));
+    let mut inputs: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    inputs.push(&kernels);
+    compile(&["-shared", "-Wl,-soname,libcuda.so.1"], &inputs, "libcuda.so.1");
+    let driver = folder.join("libcuda.so.1");
+    let cublas = sources.join("cublas.cpp");
+    let arguments = ["-shared", "-Wl,-soname,libcublas.so.12", "-Wl,-rpath,$ORIGIN"];
+    compile(&arguments, &[&cublas, &driver], "libcublas.so.12");
+    let mistakes = sources.join("mistakes.cpp");
+    compile(&["-Wl,-rpath,$ORIGIN"], &[&mistakes, &driver], "mistakes");
+}
+
+struct Run {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+impl Run {
+    fn of(command: &mut Command) -> Self {
+        let output = command.output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        let (stdout, stderr) = (text(output.stdout), text(output.stderr));
+        Run { code: output.status.code().unwrap_or(-1), stdout, stderr }
+    }
+
+    #[track_caller]
+    fn succeeds(self) -> String {
+        assert_eq!(self.code, 0, "{}{}", self.stdout, self.stderr);
+        self.stdout
+    }
+
+    /// One line on standard error, no panic.
+    #[track_caller]
+    fn fails_with(self, parts: &[&str]) {
+        let Run { code, stdout, stderr } = self;
+        assert_eq!((code, stderr.lines().count()), (1, 1), "{stdout}{stderr}");
+        for part in parts {
+            assert!(stderr.contains(part), "{part} in {stderr}");
+        }
+    }
+}
+
+impl Libraries {
+    /// fpenet with the stand-in for a driver; `settings` are FPENET_DRIVER_ or other variables.
+    fn fpenet(&self, settings: &[(&str, &str)], args: &[&str]) -> Run {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fpenet"));
+        command.env("LD_LIBRARY_PATH", &self.folder).env_remove("FPENET_CUDA_GRAPHS");
+        command.env_remove("FPENET_VARIANTS").envs(settings.iter().copied()).args(args);
+        Run::of(&mut command)
+    }
+
+    fn mistake(&self, order: &str, name: &str) -> Run {
+        let program = self.folder.join("mistakes");
+        Run::of(Command::new(program).arg(name).env("FPENET_DRIVER_ORDER", order))
+    }
+}
+
+/// Two photos to go back and forth, and a small network.
+fn workplace() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let config = ModelConfig { classes: 11, p: 1, q: 1, ..ModelConfig::default() };
+    Model::init(config, 3).unwrap().save(&dir.path().join("model.safetensors")).unwrap();
+    fs::create_dir(dir.path().join("photos")).unwrap();
+    for i in 0..6u32 {
+        let stripes = |x: u32, y: u32| Rgb([x * (5 + i), y * (9 + 2 * i), (x / 8) * 40 + 31 * i]);
+        let photo = RgbImage::from_fn(48, 32, |x, y| Rgb(stripes(x, y).0.map(|v| v as u8)));
+        photo.save(dir.path().join(format!("photos/{i}.png"))).unwrap();
+    }
+    dir
+}
+
+/// Names and contents of the label maps in a folder.
+fn labels(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut labels: Vec<(String, Vec<u8>)> = files
+        .filter(|path| path.to_string_lossy().ends_with(".labels.png"))
+        .map(|path| (path.file_name().unwrap().to_string_lossy().into(), fs::read(&path).unwrap()))
+        .collect();
+    labels.sort();
+    labels
+}
+
+#[test]
+fn the_stand_in_finds_mistakes_and_nothing_else() {
+    let Some(libraries) = libraries() else { return };
+    let outcome = |order: &str, name: &str| libraries.mistake(order, name).stdout;
+    for order in ORDERS {
+        assert_eq!(outcome(order, "nothing"), "found 1\n", "{order}");
+    }
+    // Which of the two runs first is the scheduler's choice: a mistake shows in one order at least.
+    assert_eq!(outcome("early", "no event between streams"), "found 1\n");
+    assert_eq!(outcome("late", "no event between streams"), "found 255\n");
+    assert_eq!(outcome("early", "host memory used again too early"), "found 1\n");
+    assert_eq!(outcome("late", "host memory used again too early"), "found 2\n");
+    for name in ["pinned memory freed too early", "memory that is not pinned"] {
+        let Run { code, stderr, .. } = libraries.mistake("late", name);
+        assert!(code == 99 && stderr.starts_with("stand-in driver: "), "{name}: {stderr}");
+    }
+    let status = |name| outcome("late", name).lines().map(String::from).collect::<Vec<_>>();
+    assert_eq!(status("copy beyond the end"), ["unexpected status 1"]);
+    let broken = ["unexpected status 900", "unexpected status 901"];
+    assert_eq!(status("memory reserved while captured"), broken);
+    assert_eq!(status("event of another stream while captured"), ["unexpected status 905"]);
+}
+
+#[test]
+fn references_pass_on_every_architecture_whose_kernels_are_here() {
+    let Some(libraries) = libraries() else { return };
+    let mut checked = 0;
+    for (gpu, precision) in [("75", "f32"), ("75", "f16"), ("90", "f16"), ("70", "f16")] {
+        let args =
+            ["check", "--reference", REFERENCE, "--device", "cuda", "--precision", precision];
+        let run = libraries.fpenet(&[("FPENET_DRIVER_GPU", gpu)], &args);
+        if run.code != 0 && gpu == "70" {
+            // Without NVRTC 12.9 there are no kernels for it, and it is told so.
+            run.fails_with(&["is sm_70, the kernels in this binary need sm_", "--sm70"]);
+            continue;
+        }
+        let stdout = run.succeeds();
+        assert!(stdout.contains(&format!("sm_{gpu}")) && stdout.contains("PASS: "), "{stdout}");
+        checked += 1;
+    }
+    assert!(checked >= 3);
+}
+
+/// Every product that the emulated device gives to a library of its own goes through cuBLAS's arguments here: which
+/// operand comes first, what is transposed, leading dimensions, strides between batch items.
+#[test]
+fn products_through_cublas_are_those_of_the_cpu() {
+    let Some(libraries) = libraries() else { return };
+    let batches = Path::new(REFERENCE).with_file_name("batch2_no_long_skip");
+    for precision in ["f32", "f16"] {
+        let reference = batches.to_str().unwrap();
+        let args =
+            ["check", "--reference", reference, "--device", "cuda", "--precision", precision];
+        let run = libraries.fpenet(&[("FPENET_VARIANTS", "products=blas,pairs=separate")], &args);
+        let stdout = run.succeeds();
+        assert!(stdout.contains("PASS: "), "{stdout}");
+    }
+}
+
+#[test]
+fn photos_under_way_do_not_mix_whenever_the_gpu_does_its_work() {
+    let Some(libraries) = libraries() else { return };
+    let dir = workplace();
+    let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+    let segment = |device: &str, out: &str, settings: &[(&str, &str)]| {
+        let (photos, model, out) = (at("photos"), at("model.safetensors"), at(out));
+        let args = ["segment", &photos, "--model", &model, "--out", &out, "--device", device];
+        libraries.fpenet(settings, &args).succeeds();
+        labels(Path::new(&out))
+    };
+    let expected = segment("emulated", "emulated", &[]);
+    assert_eq!(expected.len(), 6);
+    let mut distinct: Vec<&[u8]> = expected.iter().map(|(_, map)| map.as_slice()).collect();
+    distinct.dedup();
+    assert_eq!(distinct.len(), 6, "photos must differ in their labels");
+    for order in ORDERS {
+        for graphs in ["1", "0"] {
+            let settings = [("FPENET_DRIVER_ORDER", order), ("FPENET_CUDA_GRAPHS", graphs)];
+            let found = segment("cuda", &format!("{order}-{graphs}"), &settings);
+            assert!(found == expected, "order {order}, graphs {graphs}");
+        }
+    }
+}
+
+/// What a training run leaves is the same bits in every order, or something was not waited for.
+#[test]
+fn training_does_not_depend_on_when_the_gpu_does_its_work() {
+    let Some(libraries) = libraries() else { return };
+    let dir = workplace();
+    let data = dir.path().join("data");
+    fs::create_dir_all(data.join("trainannot")).unwrap();
+    fs::rename(dir.path().join("photos"), data.join("train")).unwrap();
+    for i in 0..6u32 {
+        let stripes = |x: u32, y: u32| image::Luma([((x / 8 + y / 8 + i) % 11) as u8]);
+        let map = image::GrayImage::from_fn(48, 32, stripes);
+        map.save(data.join(format!("trainannot/{i}.png"))).unwrap();
+    }
+    let run = |order: &str| {
+        let out = dir.path().join(format!("run-{order}"));
+        let (data, out_text) = (data.to_str().unwrap(), out.to_str().unwrap());
+        let args = ["train", "--data", data, "--out", out_text, "--device", "cuda"];
+        let small = ["--size", "32x24", "--batch", "2", "--p", "1", "--q", "1", "--epochs", "1"];
+        let all = [&args[..], &small[..], &["--val-split", "none", "--seed", "5"]].concat();
+        libraries.fpenet(&[("FPENET_DRIVER_ORDER", order)], &all).succeeds();
+        fs::read(out.join("last.safetensors")).unwrap()
+    };
+    let expected = run("late");
+    for order in ["early", "1"] {
+        assert!(run(order) == expected, "{order}");
+    }
+}
+
+/// After warm-up: one launch of a graph per image, nothing reserved, whatever the driver does.
+#[test]
+fn a_warm_inference_is_one_graph_launch_and_reserves_nothing() {
+    let Some(libraries) = libraries() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let settings = [("FPENET_DRIVER_GPU", "90"), ("FPENET_DRIVER_LOG", log.to_str().unwrap())];
+    let network = ["--p", "1", "--q", "1", "--size", "32x32", "--precision", "f16"];
+    let runs = ["--iterations", "5", "--warmup", "3"];
+    let args = [&["bench", "--device", "cuda"], &network[..], &runs[..]].concat();
+    let stdout = libraries.fpenet(&settings, &args).succeeds();
+    assert!(stdout.contains("replayed as one CUDA graph"), "{stdout}");
+    let log = fs::read_to_string(log).unwrap();
+    let lines: Vec<&str> = log.lines().collect();
+    // Hopper's kernels are recorded with leave to start early.
+    let captured = lines.iter().rposition(|line| line.starts_with("capture of ")).unwrap();
+    assert!(lines[..captured].contains(&"dependent launch"), "{log}");
+    let replays: Vec<usize> =
+        (captured..lines.len()).filter(|&line| lines[line].starts_with("graph of ")).collect();
+    // The last four of the measured ones, and what lies between them.
+    let &[.., first, _, _, last] = replays.as_slice() else { panic!("{log}") };
+    for line in &lines[first..=last] {
+        let expected = ["graph of ", "to device ", "synchronize"];
+        assert!(expected.iter().any(|start| line.starts_with(start)), "{line} in {log}");
+    }
+}
+
+#[test]
+fn what_the_driver_reports_reaches_the_user_as_one_line() {
+    let Some(libraries) = libraries() else { return };
+    let check = ["check", "--reference", REFERENCE, "--device", "cuda"];
+    let fails = |settings: &[(&str, &str)], parts: &[&str]| {
+        libraries.fpenet(settings, &check).fails_with(parts);
+    };
+    fails(&[("FPENET_DRIVER_CUDA", "12040")], &["supports CUDA 12.4", "PTX of CUDA", "update"]);
+    fails(&[("FPENET_DRIVER_MEMORY", "500000")], &["out of memory", "bytes", "are free"]);
+    fails(&[("FPENET_DRIVER_MEMORY", "4700000")], &["out of memory", "bytes", "are free"]);
+    // A kernel that fails is reported by a later call; both ways of finding out which it was are named.
+    let fault = ("FPENET_DRIVER_FAULT", "conv3x3_forward_f32");
+    let hints = ["CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_LAUNCH_BLOCKING=1", "FPENET_CUDA_GRAPHS=0"];
+    fails(&[fault], &hints);
+    fails(&[fault, ("FPENET_DRIVER_ORDER", "early")], &["CUDA_ERROR_ILLEGAL_ADDRESS"]);
+}
+
+#[test]
+fn a_driver_without_cublas_is_told_apart() {
+    let Some(libraries) = libraries() else { return };
+    let alone = tempfile::tempdir().unwrap();
+    fs::copy(libraries.folder.join("libcuda.so.1"), alone.path().join("libcuda.so.1")).unwrap();
+    let alone = Libraries { folder: alone.path().to_path_buf() };
+    let run = alone.fpenet(&[], &["check", "--reference", REFERENCE, "--device", "cuda"]);
+    run.fails_with(&["there is no cuBLAS", "pip install nvidia-cublas"]);
+}
