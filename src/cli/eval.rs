@@ -87,7 +87,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         json.write_json(&figures(&dataset, &evaluation))?;
     }
     if let (Some(folder), Some(scores)) = (&report, &scores) {
-        files::create_folder(folder)?;
+        let _made = files::create_folder(folder)?;
         let model = args.model.path();
         let model = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
         let title = format!("{model} on {} {}", dataset.kind, dataset.splits.join("+"));

@@ -95,7 +95,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     tables.retain(|table| !seen.contains(table) && (seen.push(*table), true).1);
     let interrupted = Arc::new(AtomicBool::new(false));
     let plans = plans(&args, &tables)?;
-    files::create_folder(&args.out)?;
+    let _made = files::create_folder(&args.out)?;
     if !plans.is_empty() {
         // The first Ctrl-C (or kill) asks for a checkpoint; the second ends the process at once.
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {

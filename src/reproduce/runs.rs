@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::config::ModelConfig;
 use crate::data::{Dataset, DatasetKind};
 use crate::error::{Error, Result};
+use crate::files::create_folder;
 use crate::train::{Checkpoint, EpochRecord, Observer, Protocol, Request, train};
 
 /// A network to train, and the name of its folder.
@@ -171,6 +172,7 @@ impl<'a> Runs<'a> {
             State::Begun(_) => true,
             State::New => false,
         };
+        let _made = create_folder(&self.folder)?;
         if !train(&request, stop, observer)?.finished {
             return Ok(None);
         }
