@@ -85,6 +85,10 @@ pub(super) fn begin(request: &Request) -> Result<Prepared> {
     let protocol = Protocol::new(request, kind, data.classes.len(), base)?;
     check_enough(&data, &protocol)?;
     let val = open_val(request, &protocol)?;
+    data.check_labelled()?;
+    if let Some(val) = &val {
+        val.check_labelled()?;
+    }
 
     // A model that was trained with some normalisation keeps it.
     let (params, (mean, std)) = match start {
