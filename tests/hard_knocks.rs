@@ -260,7 +260,7 @@ fn outputs_to_a_device_without_space_are_errors() {
         assert_fails(&place.shell(&command), &["/dev/full: cannot write", "No space left"]);
         assert!(!fs::metadata("/dev/full").unwrap().is_file());
     }
-    for command in ["summary", "devices", "init --out x.safetensors"] {
+    for command in ["summary", "devices", "init --out x.safetensors", "--help", "eval -h", "-V"] {
         let output = place.shell(&format!("$F {command} > /dev/full"));
         assert_fails(&output, &["stdout: cannot write"]);
     }
