@@ -55,6 +55,14 @@ impl DatasetKind {
         Err(Error::format(root, EXPECTED, "neither layout; name it with --dataset if it is one"))
     }
 
+    /// The layout that was asked for, else the one that [`DatasetKind::detect`] tells.
+    ///
+    /// # Errors
+    /// As [`DatasetKind::detect`].
+    pub fn asked_or_detected(asked: Option<DatasetKind>, root: &Path) -> Result<DatasetKind> {
+        asked.map_or_else(|| DatasetKind::detect(root), Ok)
+    }
+
     /// Class names and mask colours, by train id.
     pub fn classes(self) -> &'static [(&'static str, [u8; 3])] {
         match self {

@@ -68,10 +68,7 @@ impl<'a> Runs<'a> {
     /// # Errors
     /// Data that cannot be listed.
     pub fn new(common: &'a Request) -> Result<Self> {
-        let kind = match common.dataset {
-            Some(kind) => kind,
-            None => DatasetKind::detect(&common.data)?,
-        };
+        let kind = DatasetKind::asked_or_detected(common.dataset, &common.data)?;
         let splits = common.splits.clone().unwrap_or_else(|| vec!["train".into()]);
         let data = Dataset::open(kind, &common.data, &splits)?;
         let classes = data.classes.len();
