@@ -547,6 +547,10 @@ fn a_model_file_can_be_the_start() {
     // It goes on from where the other run ended rather than from guessing.
     let (first, last) = (before.history[0].loss, before.history[EPOCHS - 1].loss);
     assert!(after.history[0].loss < (first + last) / 2.0);
+    let again =
+        bare_command(folder.path()).args(["--resume", "--init-from", "x"]).output().unwrap();
+    let words = String::from_utf8(again.stderr).unwrap();
+    assert!(again.status.success() && words.contains("warning: --init-from: not read"), "{words}");
 }
 
 #[test]
