@@ -70,14 +70,44 @@ pub fn check_folder(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes a folder for outputs, with its parents, and makes sure that files can be created in it.
+/// The folders that [`make_folder`] made. When this goes, so do they, the innermost first, as far as
+/// nothing is in them: work that came to nothing leaves nothing behind.
+#[must_use = "a folder in which nothing lies when this is dropped is removed"]
+#[derive(Debug)]
+pub struct MadeFolder(Vec<PathBuf>);
+
+impl Drop for MadeFolder {
+    fn drop(&mut self) {
+        for folder in self.0.iter().rev() {
+            let _ = fs::remove_dir(folder); // fails where there is anything in it
+        }
+    }
+}
+
+/// Makes a folder for outputs, with its parents, where they are missing.
 ///
 /// # Errors
 /// [`Error::Io`] naming the folder.
-pub fn create_folder(path: &Path) -> Result<()> {
-    let failed = |source| Error::io("cannot create or write the folder", path, source);
-    fs::create_dir_all(path).map_err(failed)?;
-    temporary(Path::new("probe"), path).map(drop).map_err(failed)
+pub fn make_folder(path: &Path) -> Result<MadeFolder> {
+    let missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
+    let missing: Vec<&Path> = path.ancestors().take_while(missing).collect();
+    let made = missing.into_iter().rev().filter(|folder| fs::create_dir(folder).is_ok());
+    let made = MadeFolder(made.map(Path::to_path_buf).collect());
+    // What could not be made may have been by another process, or else this says why.
+    fs::create_dir_all(path)
+        .map(|()| made)
+        .map_err(|source| Error::io("cannot create or write the folder", path, source))
+}
+
+/// [`make_folder`] that makes sure as well that files can be created in it.
+///
+/// # Errors
+/// [`Error::Io`] naming the folder.
+pub fn create_folder(path: &Path) -> Result<MadeFolder> {
+    let made = make_folder(path)?;
+    temporary(Path::new("probe"), path)
+        .map(|_| made)
+        .map_err(|source| Error::io("cannot create or write the folder", path, source))
 }
 
 /// Reads a whole file of at most `limit` bytes.
@@ -264,6 +294,30 @@ mod tests {
         }
         check_folder(Path::new("no-such-folder/of-this-crate")).unwrap();
         assert_eq!(names(place.path()).len(), before);
+    }
+
+    #[test]
+    fn of_the_folders_made_those_with_nothing_in_them_go_again() {
+        let place = tempfile::tempdir().unwrap();
+        let (outer, inner) = (place.path().join("a/b"), place.path().join("a/b/c/d"));
+        let made = create_folder(&inner).unwrap();
+        assert!(inner.is_dir());
+        drop(made);
+        assert!(names(place.path()).is_empty());
+
+        // What is of use stays, as does what was there before.
+        let made = create_folder(&inner).unwrap();
+        fs::write(outer.join("file"), "text").unwrap();
+        drop(made);
+        assert_eq!(names(&outer), ["file"]);
+        fs::remove_file(outer.join("file")).unwrap();
+        drop(create_folder(&outer).unwrap());
+        assert!(outer.is_dir());
+
+        // Halfway to a folder that cannot be made.
+        fs::write(place.path().join("file"), "text").unwrap();
+        assert!(create_folder(&outer.join("new/../../../file/below")).is_err());
+        assert!(names(&outer).is_empty());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::data::augment::Normalise;
 use crate::data::{self, DatasetKind, cityscapes, decode};
 use crate::error::{Error, Result};
 use crate::evaluate::check_classes;
-use crate::files::{create_folder, read_limited, write_atomic};
+use crate::files::{MadeFolder, create_folder, read_limited, write_atomic};
 use crate::model::Model;
 use crate::predict::{AHEAD, Input, Predictor, prepare_all};
 
@@ -88,7 +88,7 @@ pub fn write(
     let images = data::images(kind, root, split)?;
     let names = unique(kind, &images)?;
     let origin = Origin { model_crc32: crc32(model), dataset: kind, split: split.into(), size };
-    claim(out, &origin)?;
+    let (_made, claimed) = claim(out, &origin)?;
 
     let total = names.len();
     let open_work: Vec<(PathBuf, &Path)> = names
@@ -107,9 +107,10 @@ pub fn write(
     let normalise = Normalise::new(model.mean, model.std);
     let mut predictor = Predictor::new(model, open);
     let mut labels = Vec::new();
+    let mut written = 0;
     let work = &open_work;
     let prepare = |i: usize| Input::new(&decode::image(work[i].1)?, kind, size, &normalise);
-    std::thread::scope(|scope| -> Result<()> {
+    let result = std::thread::scope(|scope| -> Result<()> {
         let (sender, receiver) = bounded(AHEAD);
         scope.spawn(move || prepare_all(work.len(), prepare, &sender));
         for (i, input) in receiver.into_iter().enumerate() {
@@ -117,11 +118,16 @@ pub fn write(
             predictor.labels(&input, &mut labels)?;
             labels.iter_mut().for_each(|label| *label = table[usize::from(*label)]);
             write_png(&work[i].0, &labels, input.full)?;
-            progress(kept + i + 1, total);
+            written += 1;
+            progress(kept + written, total);
         }
         Ok(())
-    })?;
-    Ok(Written { written: open_work.len(), kept, device: predictor.device() })
+    });
+    if result.is_err() && claimed && written == 0 {
+        // It would refuse the next model for the sake of predictions that are not there.
+        let _ = std::fs::remove_file(out.join(ORIGIN));
+    }
+    result.map(|()| Written { written, kept, device: predictor.device() })
 }
 
 /// Files by name: two images of one name would overwrite each other's prediction.
@@ -136,9 +142,10 @@ fn unique(kind: DatasetKind, images: &[(String, PathBuf)]) -> Result<BTreeMap<St
     Ok(names)
 }
 
-/// Makes the folder this call's own, or refuses one that holds something else's predictions.
-fn claim(out: &Path, origin: &Origin) -> Result<()> {
-    create_folder(out)?;
+/// Makes the folder this call's own, or refuses one that holds something else's predictions. Says
+/// whether it was this call that claimed it.
+fn claim(out: &Path, origin: &Origin) -> Result<(MadeFolder, bool)> {
+    let made = create_folder(out)?;
     let path = out.join(ORIGIN);
     if path.exists() {
         let bytes = read_limited(&path, 1 << 16)?;
@@ -146,7 +153,7 @@ fn claim(out: &Path, origin: &Origin) -> Result<()> {
             Error::format(&path, "what earlier predictions were made with", e.to_string())
         })?;
         if found == *origin {
-            return Ok(());
+            return Ok((made, false));
         }
         return Err(Error::Usage(format!(
             "--out {}: holds predictions of another model, split or size ({ORIGIN}); choose another \
@@ -157,7 +164,8 @@ fn claim(out: &Path, origin: &Origin) -> Result<()> {
     write_atomic(&path, |file| {
         serde_json::to_writer_pretty(&mut *file, origin)?;
         file.write_all(b"\n")
-    })
+    })?;
+    Ok((made, true))
 }
 
 fn crc32(model: &Model) -> u32 {

@@ -147,6 +147,7 @@ fn wrong_usage_and_unwritable_outputs_are_told_before_any_work() {
         &["bench", "--device", "cpu", "--precision", "f16"],
         &["bench", "--train", "--argmax"],
         &["bench", "--train", "--include-copies"],
+        &["bench", "--train", "--device", "emulated", "--precision", "f16", "--expanded", "bytes"],
     ] {
         let (code, _, stderr) = fpenet(args);
         assert_eq!(code, 2, "{args:?}: {stderr}");

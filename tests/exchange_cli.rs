@@ -128,6 +128,8 @@ fn import_refuses_with_one_line_and_keeps_what_was_there() {
         &["--class-names", "an empty one at index 1"],
     );
     place.refused(&deep(&["--class-names", "a,\u{1b}[31mb,c"]), 2, &["--class-names", "[31mb"]);
+    let twice = ["class names: expected each of them once", "found \" a\" at index 0 and 2"];
+    place.refused(&deep(&["--class-names", "a,b, a"]), 2, &twice);
     place.refused(&deep(&["--classes-from", "four.safetensors"]), 2, &["expected 3", "found 4"]);
     place.refused(&deep(&["--classes", "4"]), 1, &["classifier.bias: 3, not 4"]);
     place.refused(&deep(&["--mean", "1,2"]), 2, &["three numbers"]);

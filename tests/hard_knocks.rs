@@ -135,6 +135,44 @@ fn segment_on_a_full_disk_leaves_whole_pictures_only() {
 }
 
 #[test]
+fn commands_whose_first_file_does_not_fit_leave_no_folder() {
+    let place = Workplace::new();
+    let data = "--data data --device cpu --threads 1";
+    let model = "--model model.safetensors";
+    let short = "--epochs 1 --batch 2 --size 32x32 --workers 1";
+    for (command, kib, words) in [
+        (format!("segment street.jpg {model} --out deep/out"), 0, "labels.png: cannot write"),
+        (format!("eval {data} {model} --report deep/report"), 0, "worst.png: cannot write"),
+        (format!("export-predictions {data} {model} --out deep/p"), 0, "json: cannot write"),
+        ("reproduce table4 --out deep/tables".into(), 0, "table4.md: cannot write"),
+        (format!("reproduce table3 {data} {short} --out deep/t"), 64, "safetensors: cannot write"),
+    ] {
+        let output = place.shell(&with_files_up_to(kib, &format!("$F {command}")));
+        assert_fails(&output, &[words, "too large"]);
+        assert!(!place.at("deep").exists(), "{command}: {:?}", place.contents("deep").keys());
+    }
+}
+
+#[test]
+fn predictions_that_come_to_nothing_do_not_claim_their_folder() {
+    let place = Workplace::new();
+    let command =
+        "$F export-predictions --data data --model model.safetensors --device cpu --out p";
+    let (photo, kept) = (place.at("data/val/0.png"), place.at("0.png"));
+    fs::rename(&photo, &kept).unwrap();
+    fs::write(&photo, "not an image").unwrap();
+    assert_fails(&place.shell(command), &["val/0.png"]);
+    assert!(!place.at("p").exists());
+
+    // Those that are there by the time of the failure stay, with what they were made with.
+    fs::rename(&kept, &photo).unwrap();
+    fs::write(place.at("data/val/3.png"), "not an image").unwrap();
+    assert_fails(&place.shell(command), &["val/3.png"]);
+    let names: Vec<String> = place.contents("p").into_keys().collect();
+    assert_eq!(names, ["0.png", "1.png", "2.png", "predictions.json"]);
+}
+
+#[test]
 fn training_on_a_full_disk_keeps_the_last_checkpoint_and_goes_on_once_there_is_room() {
     let place = Workplace::new();
     let begun = place.shell(&format!("{TRAIN} 2"));
@@ -222,7 +260,7 @@ fn outputs_to_a_device_without_space_are_errors() {
         assert_fails(&place.shell(&command), &["/dev/full: cannot write", "No space left"]);
         assert!(!fs::metadata("/dev/full").unwrap().is_file());
     }
-    for command in ["summary", "devices", "init --out x.safetensors"] {
+    for command in ["summary", "devices", "init --out x.safetensors", "--help", "eval -h", "-V"] {
         let output = place.shell(&format!("$F {command} > /dev/full"));
         assert_fails(&output, &["stdout: cannot write"]);
     }

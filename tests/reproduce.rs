@@ -178,3 +178,24 @@ fn wrong_requests_say_what_is_missing() {
     refused(&["reproduce", "table2"], 2, &["table2", "--data"]);
     refused(&["reproduce", "table2", "--data", "/nonexistent"], 1, &["/nonexistent"]);
 }
+
+#[test]
+fn options_that_no_chosen_table_reads_are_refused() {
+    let out = tempfile::tempdir().unwrap();
+    let command = ["reproduce", "--out", out.path().to_str().unwrap()];
+    let with = |line: &'static str| [&command[..], &Vec::from_iter(line.split(' '))].concat();
+    for (line, words) in [
+        ("table4 --data camvid", ["--data: expected with table2", "found table4, which"]),
+        ("table4 table7 --lr 0.01", ["--lr: expected with table2", "found table4, table7, which"]),
+        ("table4 --threads 2", ["--threads: expected with table2, table3", "table8 only"]),
+        ("table7 --size 64x48", ["--size: expected with table2", "found table7, which"]),
+        ("table7 --seed 1", ["--seed: expected with table2", "found table7, which"]),
+        ("table2 --iterations 3", ["--iterations: expected with table7 only", "found table2"]),
+        ("table5 --test-split val", ["--test-split: expected with table8 only", "found table5"]),
+    ] {
+        refused(&with(line), 2, &words);
+    }
+    // One table that reads it is enough, and what counts the network heeds its switches.
+    refused(&with("table4 table2 --data /nonexistent"), 1, &["/nonexistent"]);
+    succeeds(&with("table4 --attention sigmoid --block-activation relu"));
+}

@@ -217,6 +217,13 @@ fn wrong_requests_and_empty_inputs_are_refused() {
     place.refused(&["--input", "none.y4m"], b"", 1, &["none.y4m: cannot read"]);
     place.refused(&["--input", "empty"], b"", 1, &["empty: expected a folder with images"]);
     place.refused(&["--input", "empty", "--size", "32x24"], b"", 2, &["its pictures tell"]);
+    place.refused(&["--input", "empty", "--range", "full"], b"", 2, &["--range: expected with"]);
+    let matrix = [&RAW[..], &["--matrix", "bt709", "--output-format", "raw"]].concat();
+    place.refused(&matrix, b"", 2, &["--matrix: expected with"]);
+    let labels = [&RAW[..], &["--matrix", "bt709", "--show", "labels"]].concat();
+    place.refused(&labels, b"", 2, &["--matrix: expected with"]);
+    let rate = ["--fps", "10", "--output-format", "raw"];
+    place.refused(&rate, b"", 2, &["--fps: expected with --output-format y4m only"]);
     let header = b"YUV4MPEG2 W32 H24 C420p10\n";
     place.refused(&[], header, 1, &["the colour space \"420p10\"", "-pix_fmt yuv420p"]);
 }

@@ -436,6 +436,37 @@ fn mistakes_are_usage_errors_and_leave_no_run() {
 }
 
 #[test]
+fn a_split_of_nothing_but_void_is_an_error_before_any_update_and_an_image_of_it_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    write_split(&data, "train", 4, 1);
+    write_split(&data, "val", 2, 2);
+    let void = |label: &str| {
+        GrayImage::from_pixel(WIDTH, HEIGHT, Luma([11])).save(data.join(label)).unwrap();
+    };
+    let mut request = request(&folder.path().join("run"));
+    (request.data, request.epochs) = (data.clone(), Some(1));
+    let refused = |words: &[&str]| {
+        let error = train(&request, &AtomicBool::new(false), &mut ()).unwrap_err();
+        for word in words {
+            assert!(error.to_string().contains(word), "{word}: {error}");
+        }
+        assert!(!request.out.exists());
+    };
+
+    void("valannot/0000.png");
+    void("valannot/0001.png");
+    refused(&["in val, found only void in its 2 label images", "valannot/0000.png", "choose"]);
+    write_split(&data, "val", 2, 2);
+    (0..4).for_each(|i| void(&format!("trainannot/000{i}.png")));
+    refused(&["in train, found only void in its 4 label images", "trainannot/0000.png"]);
+    write_split(&data, "train", 4, 1);
+    void("trainannot/0000.png");
+    void("valannot/0000.png");
+    assert!(run(&request).finished);
+}
+
+#[test]
 fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let mut request = request(folder.path());
@@ -516,6 +547,10 @@ fn a_model_file_can_be_the_start() {
     // It goes on from where the other run ended rather than from guessing.
     let (first, last) = (before.history[0].loss, before.history[EPOCHS - 1].loss);
     assert!(after.history[0].loss < (first + last) / 2.0);
+    let again =
+        bare_command(folder.path()).args(["--resume", "--init-from", "x"]).output().unwrap();
+    let words = String::from_utf8(again.stderr).unwrap();
+    assert!(again.status.success() && words.contains("warning: --init-from: not read"), "{words}");
 }
 
 #[test]

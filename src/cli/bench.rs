@@ -74,6 +74,9 @@ struct Job {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let messages = Destination::reserve_optional(args.json.as_ref())?;
+    if args.train {
+        args.device.for_training()?;
+    }
     let model = model(&args)?;
     let (size, batch, iterations, warmup) =
         if args.train { ((480, 360), 8, 5, 1) } else { ((1024, 512), 1, 50, 5) };

@@ -59,10 +59,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         (folder, _) => Some(folder.clone().unwrap_or_else(|| "out".into())),
     };
     let model = args.model.load()?;
-    let kind = match args.dataset {
-        Some(kind) => kind,
-        None => DatasetKind::detect(&args.data)?,
-    };
+    let kind = DatasetKind::asked_or_detected(args.dataset, &args.data)?;
     let dataset = Dataset::open(kind, &args.data, &args.split)?;
     let size = args.size.map(|size| (size.width, size.height));
     if let Some(folder) = &report {
@@ -87,7 +84,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         json.write_json(&figures(&dataset, &evaluation))?;
     }
     if let (Some(folder), Some(scores)) = (&report, &scores) {
-        files::create_folder(folder)?;
+        let _made = files::create_folder(folder)?;
         let model = args.model.path();
         let model = model.file_name().unwrap_or(model.as_os_str()).to_string_lossy();
         let title = format!("{model} on {} {}", dataset.kind, dataset.splits.join("+"));

@@ -44,10 +44,7 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let model = args.model.load()?;
-    let kind = match args.dataset {
-        Some(kind) => kind,
-        None => DatasetKind::detect(&args.data)?,
-    };
+    let kind = DatasetKind::asked_or_detected(args.dataset, &args.data)?;
     let bar = ProgressBar::new(0);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} images, {eta} left")?);
     let job = predictions::Job {

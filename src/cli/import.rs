@@ -93,6 +93,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         let text = format!("--class-names: expected names of one line, found {unfit}");
         return Err(Error::Usage(text).into());
     }
+    if let Some(repeated) = classes::repeated(&model.classes) {
+        let text = format!("class names: expected each of them once, found {repeated}");
+        return Err(Error::Usage(text).into());
+    }
     if let (Some(mean), Some(std)) = (args.mean, args.std) {
         if std.iter().any(|s| *s <= 0.0) {
             let found = format!("--std: expected positive numbers, found {std:?}");

@@ -158,8 +158,17 @@ fn report_usage(error: &clap::Error) -> ExitCode {
     };
     let shown = [DisplayHelp, DisplayVersion, DisplayHelpOnMissingArgumentOrSubcommand];
     if shown.contains(&error.kind()) {
-        let _ = error.print(); // fails where the reader has gone away, which is its own choice
-        return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        let printed = error.print().and_then(|()| io::stdout().flush());
+        return match printed {
+            // Where stderr is closed there is nobody to tell.
+            _ if error.use_stderr() => ExitCode::from(2),
+            Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+                report(&format!("stdout: cannot write: {e}"));
+                ExitCode::FAILURE
+            }
+            // A reader that has gone away is no error.
+            _ => ExitCode::SUCCESS,
+        };
     }
     let rendered = error.render().to_string();
     let kept = rendered.split("\n\n").take_while(|part| !part.starts_with("Usage:"));

@@ -6,8 +6,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use clap::ValueEnum;
 use fpenet::config::{Attention, BlockActivation};
 use fpenet::data::{Dataset, DatasetKind};
+use fpenet::device::{DeviceChoice, Precision};
 use fpenet::reproduce::markdown::Markdown;
 use fpenet::reproduce::runs::{Finished, Job, Runs, State};
 use fpenet::reproduce::{Table, ablation, camvid, depth, paper, speed};
@@ -75,15 +77,15 @@ pub struct Args {
     /// Splits to train on [default: train, for table 8 train,val]
     #[arg(long, value_name = "S,S", value_delimiter = ',', help_heading = "Training")]
     pub splits: Option<Vec<String>>,
-    /// Split that table 8 is measured on
-    #[arg(long, value_name = "SPLIT", default_value = "test", help_heading = "Training")]
-    pub test_split: String,
+    /// Split that table 8 is measured on [default: test]
+    #[arg(long, value_name = "SPLIT", help_heading = "Training")]
+    pub test_split: Option<String>,
     /// Threads that decode and augment [default: by the number of cores]
     #[arg(long, value_name = "N", value_parser = positive, help_heading = "Training")]
     pub workers: Option<usize>,
-    /// Timed runs per size of table 7, as many as the paper's
-    #[arg(long, value_name = "N", value_parser = positive, default_value_t = 100)]
-    pub iterations: usize,
+    /// Timed runs per size of table 7 [default: 100, as many as the paper's]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub iterations: Option<usize>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -93,9 +95,10 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut tables = args.tables.clone();
     let mut seen = Vec::new();
     tables.retain(|table| !seen.contains(table) && (seen.push(*table), true).1);
+    check_heeded(&args, &tables)?;
     let interrupted = Arc::new(AtomicBool::new(false));
     let plans = plans(&args, &tables)?;
-    files::create_folder(&args.out)?;
+    let _made = files::create_folder(&args.out)?;
     if !plans.is_empty() {
         // The first Ctrl-C (or kill) asks for a checkpoint; the second ends the process at once.
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
@@ -133,6 +136,44 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Refuses an option that none of the tables reads: its user expects something of it.
+fn check_heeded(args: &Args, tables: &[Table]) -> fpenet::Result<()> {
+    let but = |others: &[Table]| -> Vec<Table> {
+        Table::value_variants().iter().copied().filter(|table| !others.contains(table)).collect()
+    };
+    let trained = but(&[Table::Depth, Table::Speed]);
+    let run = but(&[Table::Depth]);
+    let DeviceArgs { device, precision, expanded, threads } = args.device;
+    let options: [(&str, bool, &[Table]); 15] = [
+        ("--data", args.data.is_some(), &trained),
+        ("--dataset", args.dataset.is_some(), &trained),
+        ("--epochs", args.epochs.is_some(), &trained),
+        ("--size", args.size.is_some(), &trained),
+        ("--batch", args.batch.is_some(), &trained),
+        ("--lr", args.lr.is_some(), &trained),
+        ("--seed", args.seed.is_some(), &trained),
+        ("--splits", args.splits.is_some(), &trained),
+        ("--workers", args.workers.is_some(), &trained),
+        ("--test-split", args.test_split.is_some(), &[Table::Camvid]),
+        ("--iterations", args.iterations.is_some(), &[Table::Speed]),
+        ("--device", device != DeviceChoice::default(), &run),
+        ("--precision", precision != Precision::default(), &run),
+        ("--expanded", expanded.is_some(), &run),
+        ("--threads", threads.is_some(), &run),
+    ];
+    let names = |tables: &[Table]| tables.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
+    for (option, given, readers) in options {
+        if given && !tables.iter().any(|table| readers.contains(table)) {
+            return Err(Error::Usage(format!(
+                "{option}: expected with {} only, found {}, which does not read it; leave it out",
+                names(readers),
+                names(tables)
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// A table's training: the request that its rows share.
 struct Plan {
     request: Request,
@@ -164,7 +205,10 @@ fn plans(args: &Args, tables: &[Table]) -> anyhow::Result<HashMap<Table, Plan>> 
         };
         let runs = Runs::new(&request)?;
         let test = match table {
-            Table::Camvid => Some(camvid::test_split(&request, runs.kind(), &args.test_split)?),
+            Table::Camvid => {
+                let split = args.test_split.as_deref().unwrap_or("test");
+                Some(camvid::test_split(&request, runs.kind(), split)?)
+            }
             _ => None,
         };
         // One validation, after the last epoch: its weights are what the table is about.
@@ -273,7 +317,7 @@ fn trained(
 
 fn speed(args: &Args) -> anyhow::Result<(Markdown, Value)> {
     let config = config(args)?;
-    let settings = speed::Settings { iterations: args.iterations, warmup: 5 };
+    let settings = speed::Settings { iterations: args.iterations.unwrap_or(100), warmup: 5 };
     let total = paper::TABLE_7.len() * (settings.iterations + settings.warmup);
     let bar = ProgressBar::new(total as u64);
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} runs")?);

@@ -91,6 +91,7 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
         let text = "standard output: expected a pipe or a file for the frames, found a terminal";
         return Err(Error::Usage(text.into()).into());
     }
+    check_heeded(&args)?;
     let model = args.model.load()?;
     let mut segmenter = Segmenter::new(&model, args.device.settings())?;
     let (kind, name) = segmenter.device();
@@ -138,6 +139,33 @@ pub fn run(mut args: Args) -> anyhow::Result<ExitCode> {
         return Err(Error::format(input.origin, "at least one frame", found).into());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses an option that input and output have no use for: its user expects something of it.
+fn check_heeded(args: &Args) -> Result<()> {
+    let folder = args.input.as_deref().is_some_and(Path::is_dir);
+    let y4m_in = !folder && args.input_format == InputFormat::Y4m;
+    let y4m_out = args.output_format == Container::Y4m;
+    let pictures = args.show != Show::Labels;
+    let idle = [
+        (
+            args.range.is_some() && !y4m_in,
+            "--range: expected with YUV4MPEG2 input only: RGB is of full range",
+        ),
+        (
+            args.matrix.is_some() && !y4m_in && !(y4m_out && pictures),
+            "--matrix: expected with YUV4MPEG2 input, or pictures in YUV4MPEG2 as output: RGB and \
+             labels have none",
+        ),
+        (
+            args.fps.is_some() && !y4m_out,
+            "--fps: expected with --output-format y4m only: raw frames have no header to hold it",
+        ),
+    ];
+    match idle.into_iter().find(|(idle, _)| *idle) {
+        Some((_, text)) => Err(Error::Usage(text.into())),
+        None => Ok(()),
+    }
 }
 
 struct Input {

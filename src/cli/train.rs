@@ -165,6 +165,10 @@ fn request(args: Args) -> Request {
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     args.device.for_training()?;
     let request = request(args);
+    if request.resume && request.init_from.is_some() {
+        // Not refused: whoever repeats the command that began the run repeats this as well.
+        super::warn("--init-from: not read with --resume, the run goes on from its checkpoint");
+    }
     let interrupted = Arc::new(AtomicBool::new(false));
     // The first Ctrl-C (or kill) asks for a checkpoint; the second ends the process at once.
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {

@@ -31,13 +31,13 @@ pub struct Args {
     #[arg(long, value_enum)]
     pub precision: Option<Precision>,
     /// Device to measure on; auto takes CUDA where it works, else the CPU
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, conflicts_with = "dry_run")]
     pub device: DeviceChoice,
     /// Model file [default: initial weights of the configured network]
     #[arg(long, value_name = "FILE")]
     pub model: Option<PathBuf>,
     /// Forward passes per candidate [default: 30, on the emulated device 1]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "dry_run")]
     pub iterations: Option<usize>,
     /// Print the cost model's choice and prediction instead of measuring
     #[arg(long)]

@@ -14,6 +14,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use image::{GrayImage, RgbImage};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -52,6 +53,14 @@ impl DatasetKind {
             return Ok(DatasetKind::Camvid);
         }
         Err(Error::format(root, EXPECTED, "neither layout; name it with --dataset if it is one"))
+    }
+
+    /// The layout that was asked for, else the one that [`DatasetKind::detect`] tells.
+    ///
+    /// # Errors
+    /// As [`DatasetKind::detect`].
+    pub fn asked_or_detected(asked: Option<DatasetKind>, root: &Path) -> Result<DatasetKind> {
+        asked.map_or_else(|| DatasetKind::detect(root), Ok)
     }
 
     /// Class names and mask colours, by train id.
@@ -147,6 +156,34 @@ impl Dataset {
     /// Whether there is no sample (only in a set put together by hand).
     pub fn is_empty(&self) -> bool {
         self.samples.is_empty()
+    }
+
+    /// Refuses labels that are void throughout, of which nothing can be learned and nothing measured.
+    /// Decodes label images up to the first with a labelled pixel, which is mostly the first of all.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] where no sample has a labelled pixel; an unreadable label image before one
+    /// that has.
+    pub fn check_labelled(&self) -> Result<()> {
+        let labelled = |sample: &Sample| -> Result<bool> {
+            let labels = decode::label(&sample.label, sample.encoding)?;
+            Ok(labels.as_raw().iter().any(|label| *label != VOID))
+        };
+        let first = self.samples.par_iter().map(labelled).find_first(|l| !matches!(l, Ok(false)));
+        first.unwrap_or_else(|| Err(self.only_void())).map(drop)
+    }
+
+    /// That no pixel of any sample is labelled.
+    pub(crate) fn only_void(&self) -> Error {
+        let such_as = |sample: &Sample| format!(", such as {}", sample.label.display());
+        Error::Failed(format!(
+            "{}: expected labelled pixels in {}, found only void in its {} label images{}; choose a \
+             split whose labels are published, or mend these",
+            self.root.display(),
+            self.splits.join(","),
+            self.len(),
+            self.samples.first().map(such_as).unwrap_or_default()
+        ))
     }
 
     /// Decodes one sample at its full size: the image, and per pixel a train id (an index into

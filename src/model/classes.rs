@@ -52,6 +52,15 @@ pub fn unfit(names: &[String]) -> Option<String> {
     Some(if empty { format!("an empty one at index {index}") } else { format!("{name:?}") })
 }
 
+/// The first name that stands there twice, spaces around it aside, in words: figures and pictures tell
+/// classes apart by their names.
+pub fn repeated(names: &[String]) -> Option<String> {
+    let first = |name: &str| names.iter().position(|other| other.trim() == name.trim());
+    let mut pairs = names.iter().enumerate().filter_map(|(i, name)| Some((name, first(name)?, i)));
+    let (name, first, again) = pairs.find(|(_, first, i)| first < i)?;
+    Some(format!("{name:?} at index {first} and {again}"))
+}
+
 /// Names and colours for a number of classes: Cityscapes' for 19, CamVid's for 11, else
 /// "class 0" .. with Pascal VOC's colour map, which is distinct for every index.
 pub fn table(count: usize) -> (Vec<String>, Vec<[u8; 3]>) {

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use crate::config::ModelConfig;
 use crate::data::{Dataset, DatasetKind};
 use crate::error::{Error, Result};
+use crate::files::create_folder;
 use crate::train::{Checkpoint, EpochRecord, Observer, Protocol, Request, train};
 
 /// A network to train, and the name of its folder.
@@ -67,10 +68,7 @@ impl<'a> Runs<'a> {
     /// # Errors
     /// Data that cannot be listed.
     pub fn new(common: &'a Request) -> Result<Self> {
-        let kind = match common.dataset {
-            Some(kind) => kind,
-            None => DatasetKind::detect(&common.data)?,
-        };
+        let kind = DatasetKind::asked_or_detected(common.dataset, &common.data)?;
         let splits = common.splits.clone().unwrap_or_else(|| vec!["train".into()]);
         let data = Dataset::open(kind, &common.data, &splits)?;
         let classes = data.classes.len();
@@ -171,6 +169,7 @@ impl<'a> Runs<'a> {
             State::Begun(_) => true,
             State::New => false,
         };
+        let _made = create_folder(&self.folder)?;
         if !train(&request, stop, observer)?.finished {
             return Ok(None);
         }

@@ -18,7 +18,7 @@ use super::decode::{decode_bytes, decode_file};
 use super::input::{NetworkSize, check_memory, network_size, normalise, resize};
 use super::render::{self, Share};
 use crate::error::{Error, Result};
-use crate::files::write_atomic;
+use crate::files::{make_folder, write_atomic};
 
 /// Photos that wait in each queue: enough to keep the network busy, little enough to bound memory.
 const QUEUE: usize = 2;
@@ -240,8 +240,7 @@ fn write(
     let overlay_size = overlay.dimensions();
     let rgb = ExtendedColorType::Rgb8;
     // The caller has checked that files can be created in it: not again for every photo.
-    std::fs::create_dir_all(out)
-        .map_err(|source| Error::io("cannot create or write the folder", out, source))?;
+    let _made = make_folder(out)?;
     write_png(&files[0], &labels, size, ExtendedColorType::L8, Content::Flat)?;
     write_png(&files[1], &mask, size, rgb, Content::Flat)?;
     write_png(&files[2], &overlay, overlay_size, rgb, Content::Photo)?;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{Dataset, decode};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// How the weight of a class follows from its frequency.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
@@ -46,10 +46,7 @@ impl ClassWeights {
         }
         let counts = count(dataset)?;
         if counts.iter().all(|count| count.own == 0) {
-            return Err(Error::Failed(
-                "--class-weights: expected labelled pixels in the training images, found none"
-                    .into(),
-            ));
+            return Err(dataset.only_void());
         }
         Ok(self.of_counts(&counts))
     }

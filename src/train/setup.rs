@@ -74,10 +74,7 @@ fn open_val(request: &Request, protocol: &Protocol) -> Result<Option<Dataset>> {
 
 /// Opens the data of a new run and makes its state before the first update.
 pub(super) fn begin(request: &Request) -> Result<Prepared> {
-    let kind = match request.dataset {
-        Some(kind) => kind,
-        None => DatasetKind::detect(&request.data)?,
-    };
+    let kind = DatasetKind::asked_or_detected(request.dataset, &request.data)?;
     let splits = request.splits.clone().unwrap_or_else(|| vec!["train".into()]);
     let data = Dataset::open(kind, &request.data, &splits)?;
     let start = request.init_from.as_deref().map(Model::load).transpose()?;
@@ -85,6 +82,10 @@ pub(super) fn begin(request: &Request) -> Result<Prepared> {
     let protocol = Protocol::new(request, kind, data.classes.len(), base)?;
     check_enough(&data, &protocol)?;
     let val = open_val(request, &protocol)?;
+    data.check_labelled()?;
+    if let Some(val) = &val {
+        val.check_labelled()?;
+    }
 
     // A model that was trained with some normalisation keeps it.
     let (params, (mean, std)) = match start {

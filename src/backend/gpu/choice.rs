@@ -209,7 +209,7 @@ impl Cache {
     /// # Errors
     /// [`Error::Io`] naming folder or file.
     pub fn store(&self, entry: &Entry) -> Result<PathBuf> {
-        files::create_folder(&self.folder)?;
+        let _made = files::create_folder(&self.folder)?;
         let path = self.path(&entry.key);
         files::write_atomic(&path, |file| {
             serde_json::to_writer_pretty(&mut *file, entry)?;
