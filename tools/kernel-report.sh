@@ -43,14 +43,24 @@ assemble() {
     fi && "$ptxas" -v "-arch=sm_$arch" -o "$work/$name.$arch.cubin" "$ptx" > "$log" 2>&1
 }
 
+# The same, keeping what went wrong for the end.
+assemble_or_note() {
+    local name
+    name=$(basename "$1")
+    assemble "$1" "$2" || echo "kernels/$name does not assemble for sm_$2" > "$work/${name%.cu}.$2.failed"
+}
+
+# As many at a time as there are processors.
 for source in "${kernels[@]}"; do
     for arch in 70 75 90; do
-        if ! assemble "$source" "$arch"; then
-            name=$(basename "$source")
-            echo "kernels/$name does not assemble for sm_$arch" >> "$failures"
-            { echo "kernels/$name, sm_$arch:"; cat "$work/${name%.cu}.$arch.log"; } >&2
-        fi
+        while [ "$(jobs -pr | wc -l)" -ge "$(nproc)" ]; do wait -n || true; done
+        assemble_or_note "$source" "$arch" &
     done
+done
+wait
+for failed in "$work"/*.failed; do
+    cat "$failed" >> "$failures"
+    cat "$failed" "${failed%.failed}.log" >&2
 done
 
 mkdir -p "$(dirname "$out")"
