@@ -193,6 +193,48 @@ fn references_pass_on_every_architecture_whose_kernels_are_here() {
     assert!(checked >= 3);
 }
 
+/// Sizes that nobody would emulate: grids, threads and registers, shared memory and the order of calls are checked,
+/// for the choices that the cost model makes for a card and for every one that `tune` would time on it.
+#[test]
+fn launches_at_real_sizes_keep_to_the_limits_of_every_card() {
+    let Some(libraries) = libraries() else { return };
+    for (gpu, name) in [("70", "TITAN V"), ("75", "TITAN RTX"), ("90", "H200")] {
+        let cache = tempfile::tempdir().unwrap();
+        let name = format!("NVIDIA {name} (stand-in)");
+        let settings = [
+            ("FPENET_DRIVER_WORKS", "0"),
+            ("FPENET_DRIVER_GPU", gpu),
+            ("FPENET_DRIVER_NAME", &name),
+            ("FPENET_CACHE_DIR", cache.path().to_str().unwrap()),
+        ];
+        let fpenet = |line: &str| {
+            let args: Vec<&str> = line.split(' ').collect();
+            libraries.fpenet(&settings, &args)
+        };
+        let devices = fpenet("devices").succeeds();
+        if !devices.contains("kernels for sm_") {
+            assert!(gpu == "70" && devices.contains("need sm_"), "{devices}");
+            continue;
+        }
+        for precision in ["f32", "f16"] {
+            for size in ["1024x512", "2048x1024", "--batch 3 --size 481x361"] {
+                let size = if size.contains(' ') { size.into() } else { format!("--size {size}") };
+                let runs = "--iterations 2 --warmup 2";
+                let line = format!("bench --device cuda --precision {precision} {size} {runs}");
+                let stdout = fpenet(&line).succeeds();
+                assert!(stdout.contains("(model)") && stdout.contains("data sheet"), "{stdout}");
+            }
+            let training = "bench --train --device cuda --size 480x360 --batch 8 --iterations 2";
+            fpenet(&format!("{training} --precision {precision}")).succeeds();
+        }
+        let inference = "--device cuda --size 1024x512 --precision f16 --iterations 1";
+        fpenet(&format!("bench {inference} --expanded bytes")).succeeds();
+        fpenet(&format!("tune {inference}")).succeeds();
+        let stdout = fpenet(&format!("bench {inference} --warmup 1")).succeeds();
+        assert!(stdout.contains("(cache)"), "{stdout}");
+    }
+}
+
 /// Every product that the emulated device gives to a library of its own goes through cuBLAS's arguments here: which
 /// operand comes first, what is transposed, leading dimensions, strides between batch items.
 #[test]

@@ -67,6 +67,7 @@ struct Product {
     float alpha, beta;
 
     void operator()() const {
+        if (!driver::works()) return;
         std::vector<float> column(static_cast<size_t>(m));
         for (int item = 0; item < batch; ++item) {
             // op(A) is m x k and op(B) k x n, both column by column now.

@@ -25,6 +25,7 @@ long number(const char* name, long otherwise) {
 
 int capability() { return static_cast<int>(number("FPENET_DRIVER_GPU", 75)); }
 
+bool works() { return number("FPENET_DRIVER_WORKS", 1) != 0; }
 int cuda_version() { return static_cast<int>(number("FPENET_DRIVER_CUDA", 13000)); }
 
 // The manual's table of opt-in limits.
@@ -90,7 +91,7 @@ API CUresult cuDeviceGet(int* device, int ordinal) {
 }
 
 API CUresult cuDeviceGetName(char* name, int length, int) {
-    std::snprintf(name, static_cast<size_t>(length), "stand-in driver, no GPU");
+    std::snprintf(name, static_cast<size_t>(length), "%s", setting("FPENET_DRIVER_NAME", "stand-in driver, no GPU"));
     return SUCCESS;
 }
 

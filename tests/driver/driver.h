@@ -10,9 +10,11 @@
 // FPENET_DRIVER_ORDER  late (default): work in a stream is done when somebody waits for it, and not before;
 //                      early: at once; a number: sooner or later, by this seed. Results must not differ.
 // FPENET_DRIVER_GPU    compute capability times 10 (default 75)
+// FPENET_DRIVER_NAME   the GPU's name (default says that it is none); one with a data sheet is chosen for by it
 // FPENET_DRIVER_CUDA   version that cuDriverGetVersion tells (default 13000)
 // FPENET_DRIVER_MEMORY bytes of device memory (default 4 GiB)
 // FPENET_DRIVER_FAULT  a kernel that ends in an illegal address
+// FPENET_DRIVER_WORKS  0: launches and products are checked, but not carried out (for sizes that would take hours)
 // FPENET_DRIVER_LOG    a file that gets a line per call of interest
 #pragma once
 
@@ -87,6 +89,7 @@ const char* setting(const char* name, const char* otherwise);
 long number(const char* name, long otherwise);
 int capability();
 int cuda_version();
+bool works();
 int shared_limit();
 constexpr int MULTIPROCESSORS = 3, BLOCKS_PER_MULTIPROCESSOR = 2;
 

@@ -65,7 +65,7 @@ API CUresult cuMemAlloc_v2(CUdeviceptr* address, size_t bytes) {
     auto* inside = static_cast<unsigned char*>(mapping) + PAGE;
     mprotect(inside, mapped - 2 * PAGE, PROT_READ | PROT_WRITE);
     unsigned char* start = inside + (mapped - 2 * PAGE - room);
-    std::memset(start, POISON, room);
+    if (works()) std::memset(start, POISON, room);
     used += room;
     *address = reinterpret_cast<CUdeviceptr>(start);
     memory[*address] = Memory{mapping, mapped, bytes};

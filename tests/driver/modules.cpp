@@ -123,6 +123,7 @@ CUresult launch(void* handle, Shape shape, void* stream, void** parameters, bool
         }
         std::vector<void*> pointers;
         for (auto& value : values) pointers.push_back(value.data());
+        if (!works()) return;
         char message[512] = "";
         const int failed = fpenet_host_launch(function->host, grid.data(), block.data(), shared, cooperative,
                                               pointers.data(), 0, 0, message, sizeof message);
