@@ -355,7 +355,7 @@ impl Test<'_> {
     }
 
     /// The bundled model's labels of the example photo, expanded tensors in halves and in 8 bits. A
-    /// device that has no 8-bit storage, and a build without the model, have nothing to compare.
+    /// device or kernels without 8-bit storage, and a build without the model, have nothing to compare.
     fn expanded_bytes(&mut self) -> Result<()> {
         let (w, h) = PHOTO_SIZE;
         let (Ok(model), Ok(photo)) = (
@@ -372,7 +372,11 @@ impl Test<'_> {
             if backend.keep_expanded(expanded).is_err() {
                 return Ok(());
             }
-            let mut inference = Inference::new(&model, backend, 1, h, w, Mode::Labels)?;
+            let mut inference = match Inference::new(&model, backend, 1, h, w, Mode::Labels) {
+                // Kernels that FPENET_VARIANTS asks for may not have it either.
+                Err(Error::Usage(_)) if expanded == Expanded::Bytes => return Ok(()),
+                inference => inference?,
+            };
             inference.run_rgb(photo.as_raw())?;
             inference.labels(labels)?;
         }

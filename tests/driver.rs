@@ -275,12 +275,11 @@ fn launches_at_real_sizes_keep_to_the_limits_of_every_card() {
 fn products_through_cublas_are_those_of_the_cpu() {
     let Some(libraries) = libraries() else { return };
     let batches = Path::new(REFERENCE).with_file_name("batch2_no_long_skip");
-    for precision in ["f32", "f16"] {
-        let reference = batches.to_str().unwrap();
-        let args =
-            ["check", "--reference", reference, "--device", "cuda", "--precision", precision];
-        let run = libraries.fpenet(&[("FPENET_VARIANTS", "products=blas,pairs=separate")], &args);
-        let stdout = run.succeeds();
+    let reference = ["check", "--reference", batches.to_str().unwrap(), "--device", "cuda"];
+    let operators = ["selftest", "--device", "cuda", "--precision", "f16", "--seed", "1"];
+    for args in [&reference[..], &operators] {
+        let settings = [("FPENET_VARIANTS", "products=blas,pairs=separate")];
+        let stdout = libraries.fpenet(&settings, args).succeeds();
         assert!(stdout.contains("PASS: "), "{stdout}");
     }
 }
