@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use super::Command;
 use super::cards::{self, Card};
@@ -312,7 +313,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
                 Element::F16 => {
                     half.resize(values.len(), f16::ZERO);
                     device.download(place, bytemuck::cast_slice_mut(&mut half))?;
-                    values.iter_mut().zip(&half).for_each(|(v, h)| *v = h.to_f32());
+                    half.convert_to_f32_slice(values);
                 }
             }
         }
@@ -513,5 +514,7 @@ fn check_no_bytes(plan: &Plan, element: Element) -> Result<()> {
 }
 
 fn to_half(values: &[f32]) -> Vec<f16> {
-    values.iter().map(|&v| f16::from_f32(v)).collect()
+    let mut half = vec![f16::ZERO; values.len()];
+    half.convert_from_f32_slice(values);
+    half
 }

@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use super::cards::Card;
 use super::launch::{Command, Gemm, Launch};
@@ -75,8 +76,14 @@ impl Element {
                 }
             }
             Element::F16 => {
-                for (value, bytes) in values.iter_mut().zip(bytes.as_chunks().0) {
-                    *value = f16::from_ne_bytes(*bytes).to_f32();
+                // In pieces, since the bytes may lie at an odd address.
+                let mut half = [f16::ZERO; 512];
+                let pieces = bytes.chunks(2 * half.len());
+                for (values, bytes) in values.chunks_mut(half.len()).zip(pieces) {
+                    let half = &mut half[..values.len()];
+                    let bytes = &bytes[..2 * values.len()];
+                    bytemuck::cast_slice_mut(half).copy_from_slice(bytes);
+                    half.convert_to_f32_slice(values);
                 }
             }
         }
