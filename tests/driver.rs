@@ -309,11 +309,8 @@ fn photos_under_way_do_not_mix_whenever_the_gpu_does_its_work() {
     }
 }
 
-/// What a training run leaves is the same bits in every order, or something was not waited for.
-#[test]
-fn training_does_not_depend_on_when_the_gpu_does_its_work() {
-    let Some(libraries) = libraries() else { return };
-    let dir = workplace();
+/// A folder in CamVid's layout with six photos for training, three batches of two.
+fn data(dir: &tempfile::TempDir) -> PathBuf {
     let data = dir.path().join("data");
     fs::create_dir_all(data.join("trainannot")).unwrap();
     fs::rename(dir.path().join("photos"), data.join("train")).unwrap();
@@ -322,18 +319,58 @@ fn training_does_not_depend_on_when_the_gpu_does_its_work() {
         let map = image::GrayImage::from_fn(48, 32, stripes);
         map.save(data.join(format!("trainannot/{i}.png"))).unwrap();
     }
+    data
+}
+
+/// What a training run leaves is the same bits in every order, or something was not waited for.
+#[test]
+fn training_does_not_depend_on_when_the_gpu_does_its_work() {
+    let Some(libraries) = libraries() else { return };
+    let dir = workplace();
+    let data = data(&dir);
     let run = |order: &str| {
         let out = dir.path().join(format!("run-{order}"));
-        let (data, out_text) = (data.to_str().unwrap(), out.to_str().unwrap());
-        let args = ["train", "--data", data, "--out", out_text, "--device", "cuda"];
-        let small = ["--size", "32x24", "--batch", "2", "--p", "1", "--q", "1", "--epochs", "1"];
-        let all = [&args[..], &small[..], &["--val-split", "none", "--seed", "5"]].concat();
-        libraries.fpenet(&[("FPENET_DRIVER_ORDER", order)], &all).succeeds();
+        let line = "--device cuda --size 32x24 --batch 2 --p 1 --q 1 --epochs 1 --val-split none";
+        let mut args = vec!["train", "--data", data.to_str().unwrap()];
+        args.extend(["--out", out.to_str().unwrap()]);
+        args.extend(line.split(' '));
+        libraries.fpenet(&[("FPENET_DRIVER_ORDER", order)], &args).succeeds();
         fs::read(out.join("last.safetensors")).unwrap()
     };
     let expected = run("late");
     for order in ["early", "1"] {
         assert!(run(order) == expected, "{order}");
+    }
+}
+
+/// In front of a GPU that has not begun yet, the host gets two whole steps ahead, and it waits for the device's
+/// results at the end of the epoch only.
+#[test]
+fn training_steps_wait_for_nothing() {
+    let Some(libraries) = libraries() else { return };
+    let dir = workplace();
+    let (data, out, log) = (data(&dir), dir.path().join("run"), dir.path().join("log"));
+    let settings = [("FPENET_DRIVER_WORKS", "0"), ("FPENET_DRIVER_LOG", log.to_str().unwrap())];
+    let line = "--device cuda --size 96x72 --batch 2 --p 1 --q 1 --epochs 2 --val-split none";
+    for precision in ["f32", "f16"] {
+        let _ = fs::remove_file(&log);
+        let mut args = vec!["train", "--data", data.to_str().unwrap(), "--precision", precision];
+        let out = out.with_extension(precision);
+        args.extend(["--out", out.to_str().unwrap()]);
+        args.extend(line.split(' '));
+        libraries.fpenet(&settings, &args).succeeds();
+        let log = fs::read_to_string(&log).unwrap();
+        let lines: Vec<&str> = log.lines().collect();
+        // Each step ends in Adam's two launches.
+        let is_adam = |&line: &usize| lines[line] == "graph of 2 commands";
+        let ends: Vec<usize> = (0..lines.len()).filter(is_adam).collect();
+        let &[.., before, first, second, third] = ends.as_slice() else { panic!("{log}") };
+        // The epoch before ends in reading losses and parameters: nothing is read after that.
+        let read = lines[..third].iter().rposition(|line| *line == "synchronize").unwrap();
+        let work = lines[before + 1..read].iter().any(|line| line.starts_with("graph of "));
+        assert!(before < read && read < first && !work, "{precision}: {log}");
+        let ahead = &lines[read..second];
+        assert!(!ahead.contains(&"wait for event"), "{precision}: {ahead:?}");
     }
 }
 

@@ -265,7 +265,10 @@ API CUresult cuEventSynchronize(void* handle) {
     if (CUresult status = outside_capture()) return status;
     const std::shared_ptr<Moment> moment = static_cast<Event*>(handle)->moment;
     if (moment && moment->captured) return STREAM_CAPTURE_UNSUPPORTED;
-    if (moment) reach(*moment);
+    if (moment && !moment->over) {
+        note("wait for event");
+        reach(*moment);
+    }
     return state().sticky;
 }
 

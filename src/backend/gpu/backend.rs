@@ -290,12 +290,12 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
     fn write(&mut self, tensor: &Tensor, data: &[f32]) -> Result<()> {
         let (device, prepared) = self.parts()?;
         prepared.check_tensor(tensor, data.len())?;
-        let image = tensor.shape.c * tensor.shape.plane();
-        for (n, values) in data.chunks(image).enumerate() {
-            let place = prepared.image(tensor, n);
+        let (images, len) = prepared.adjacent(tensor);
+        for (i, values) in data.chunks(len).enumerate() {
+            let place = prepared.image(tensor, i * images);
             match prepared.element {
                 Element::F32 => device.upload(place, bytemuck::cast_slice(values))?,
-                Element::F16 => device.upload(place, bytemuck::cast_slice(&to_half(values)))?,
+                Element::F16 => device.upload_half(place, values)?,
             }
         }
         Ok(())
@@ -304,10 +304,10 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
     fn read(&mut self, tensor: &Tensor, out: &mut [f32]) -> Result<()> {
         let (device, prepared) = self.parts()?;
         prepared.check_tensor(tensor, out.len())?;
-        let image = tensor.shape.c * tensor.shape.plane();
+        let (images, len) = prepared.adjacent(tensor);
         let mut half = Vec::new();
-        for (n, values) in out.chunks_mut(image).enumerate() {
-            let place = prepared.image(tensor, n);
+        for (i, values) in out.chunks_mut(len).enumerate() {
+            let place = prepared.image(tensor, i * images);
             match prepared.element {
                 Element::F32 => device.download(place, bytemuck::cast_slice_mut(values))?,
                 Element::F16 => {
@@ -325,9 +325,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         let buffer = prepared.check_state(state, data.len())?;
         device.upload(buffer.into(), bytemuck::cast_slice(data))?;
         match prepared.memory.params_half {
-            Some(half) if state == State::Params => {
-                device.upload(half.into(), bytemuck::cast_slice(&to_half(data)))
-            }
+            Some(half) if state == State::Params => device.upload_half(half.into(), data),
             _ => Ok(()),
         }
     }
@@ -511,10 +509,4 @@ fn check_no_bytes(plan: &Plan, element: Element) -> Result<()> {
                 .into(),
         )),
     }
-}
-
-fn to_half(values: &[f32]) -> Vec<f16> {
-    let mut half = vec![f16::ZERO; values.len()];
-    half.convert_from_f32_slice(values);
-    half
 }

@@ -122,6 +122,16 @@ pub trait GpuDevice: Send {
     /// What the driver says.
     fn upload(&mut self, to: Place, bytes: &[u8]) -> Result<()>;
 
+    /// The same for values that are stored in half precision.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn upload_half(&mut self, to: Place, values: &[f32]) -> Result<()> {
+        let mut half = vec![f16::ZERO; values.len()];
+        half.convert_from_f32_slice(values);
+        self.upload(to, bytemuck::cast_slice(&half))
+    }
+
     /// Copies device memory out, after all commands so far.
     ///
     /// # Errors

@@ -148,6 +148,14 @@ impl Prepared {
         Place { buffer: self.memory.arena, byte_offset }
     }
 
+    /// How many images of a tensor with dense planes lie one behind the other, to be copied at once, and
+    /// their elements.
+    pub(super) fn adjacent(&self, tensor: &Tensor) -> (usize, usize) {
+        let image = tensor.shape.c * tensor.shape.plane();
+        let images = if tensor.batch_stride == image { tensor.shape.n } else { 1 };
+        (images, images * image)
+    }
+
     pub(super) fn check_tensor(&self, tensor: &Tensor, len: usize) -> Result<()> {
         let dense = tensor.plane_stride == tensor.shape.plane();
         let inside = tensor.offset + tensor.extent() <= self.arena_len;

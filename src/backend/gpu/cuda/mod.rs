@@ -15,6 +15,7 @@ mod transfer;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ use cudarc::driver::sys::{
     CUstreamCaptureMode,
 };
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use self::blas::Blas;
 use self::events::Events;
@@ -280,7 +283,20 @@ impl GpuDevice for CudaDevice {
     fn upload(&mut self, to: Place, bytes: &[u8]) -> Result<()> {
         self.bind()?;
         let address = self.address(to, bytes.len())?;
-        let copied = self.staging.upload(self.stream.cu_stream(), address, bytes);
+        let fill = |part: Range<usize>, host: &mut [u8]| host.copy_from_slice(&bytes[part]);
+        let copied = self.staging.upload(self.stream.cu_stream(), address, bytes.len(), fill);
+        copied.map_err(|error| self.late(error))
+    }
+
+    fn upload_half(&mut self, to: Place, values: &[f32]) -> Result<()> {
+        self.bind()?;
+        let len = 2 * values.len();
+        let address = self.address(to, len)?;
+        let fill = |part: Range<usize>, host: &mut [u8]| {
+            let host: &mut [f16] = bytemuck::cast_slice_mut(host);
+            host.convert_from_f32_slice(&values[part.start / 2..part.end / 2]);
+        };
+        let copied = self.staging.upload(self.stream.cu_stream(), address, len, fill);
         copied.map_err(|error| self.late(error))
     }
 

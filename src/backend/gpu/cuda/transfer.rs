@@ -1,6 +1,7 @@
 //! Host copies through pinned memory, which the GPU reads and writes by itself.
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{CUdeviceptr, CUevent, CUevent_flags, CUstream};
@@ -28,20 +29,21 @@ impl Staging {
         Ok(Staging { large: Ring::new()?, small: Ring::new()? })
     }
 
-    /// Copies host memory in, behind all earlier work of the stream. `bytes` may be reused on
-    /// return.
+    /// Copies `len` bytes in, behind all earlier work of the stream: `fill` writes those of a range into
+    /// pinned memory.
     pub(super) fn upload(
         &mut self,
         stream: CUstream,
         to: CUdeviceptr,
-        bytes: &[u8],
+        len: usize,
+        fill: impl Fn(Range<usize>, &mut [u8]),
     ) -> Result<(), DriverError> {
-        for (i, part) in bytes.chunks(CHUNK).enumerate() {
+        for start in (0..len).step_by(CHUNK) {
+            let part = start..len.min(start + CHUNK);
             let slot = self.slot(part.len())?;
             let host = slot.memory.bytes(part.len());
-            host.copy_from_slice(part);
-            let to = to + (i * CHUNK) as u64;
-            unsafe { result::memcpy_htod_async(to, host, stream)? };
+            fill(part, host);
+            unsafe { result::memcpy_htod_async(to + start as u64, host, stream)? };
             unsafe { result::event::record(slot.done, stream)? };
         }
         Ok(())
