@@ -133,7 +133,6 @@ fn wrong_usage_is_one_line() {
         &["tune", "--card", "titan-v"][..],
         &["tune", "--dry-run", "--card", "voodoo"],
         &["tune", "--dry-run", "--iterations", "3"],
-        &["tune", "--dry-run", "--device", "cpu"],
         &["tune", "--size", "1x1"],
         &["tune", "--device", "cpu", "--precision", "f16"],
         &["tune", "--model", "x.safetensors", "--q", "1"],

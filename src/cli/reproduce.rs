@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::ValueEnum;
 use fpenet::config::{Attention, BlockActivation};
 use fpenet::data::{Dataset, DatasetKind};
-use fpenet::device::{DeviceChoice, Precision};
 use fpenet::reproduce::markdown::Markdown;
 use fpenet::reproduce::runs::{Finished, Job, Runs, State};
 use fpenet::reproduce::{Table, ablation, camvid, depth, paper, speed};
@@ -136,15 +135,13 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Refuses an option that none of the tables reads: its user expects something of it.
+/// Refuses an option that none of the tables reads: its user expects something of it. Where to run is let through,
+/// since scripts say so to every command.
 fn check_heeded(args: &Args, tables: &[Table]) -> fpenet::Result<()> {
-    let but = |others: &[Table]| -> Vec<Table> {
-        Table::value_variants().iter().copied().filter(|table| !others.contains(table)).collect()
-    };
-    let trained = but(&[Table::Depth, Table::Speed]);
-    let run = but(&[Table::Depth]);
-    let DeviceArgs { device, precision, expanded, threads } = args.device;
-    let options: [(&str, bool, &[Table]); 15] = [
+    let all = Table::value_variants().iter().copied();
+    let trained: Vec<Table> =
+        all.filter(|table| ![Table::Depth, Table::Speed].contains(table)).collect();
+    let options: [(&str, bool, &[Table]); 11] = [
         ("--data", args.data.is_some(), &trained),
         ("--dataset", args.dataset.is_some(), &trained),
         ("--epochs", args.epochs.is_some(), &trained),
@@ -156,10 +153,6 @@ fn check_heeded(args: &Args, tables: &[Table]) -> fpenet::Result<()> {
         ("--workers", args.workers.is_some(), &trained),
         ("--test-split", args.test_split.is_some(), &[Table::Camvid]),
         ("--iterations", args.iterations.is_some(), &[Table::Speed]),
-        ("--device", device != DeviceChoice::default(), &run),
-        ("--precision", precision != Precision::default(), &run),
-        ("--expanded", expanded.is_some(), &run),
-        ("--threads", threads.is_some(), &run),
     ];
     let names = |tables: &[Table]| tables.iter().map(|t| t.name()).collect::<Vec<_>>().join(", ");
     for (option, given, readers) in options {

@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(long, value_enum)]
     pub precision: Option<Precision>,
     /// Device to measure on; auto takes CUDA where it works, else the CPU
-    #[arg(long, value_enum, default_value_t, conflicts_with = "dry_run")]
+    #[arg(long, value_enum, default_value_t)]
     pub device: DeviceChoice,
     /// Model file [default: initial weights of the configured network]
     #[arg(long, value_name = "FILE")]
