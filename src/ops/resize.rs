@@ -35,12 +35,13 @@ impl Axis {
         Axis { input, lo, hi, frac }
     }
 
-    /// Stretches a row of `input` elements.
-    fn stretch(&self, isa: Isa, row: &[f32], out: &mut [f32]) {
-        let row = &row[..self.input];
+    /// Stretches a row of `input` elements, which comes with its ends repeated once beyond them.
+    fn stretch(&self, isa: Isa, padded: &[f32], out: &mut [f32]) {
+        let padded = &padded[..self.input + 2];
         if out.len() == 2 * self.input {
-            return unsafe { isa.run(StretchTwofold { row, out }) };
+            return unsafe { isa.run(StretchTwofold { padded, out }) };
         }
+        let row = &padded[1..];
         for (((y, &lo), &hi), &frac) in out.iter_mut().zip(&self.lo).zip(&self.hi).zip(&self.frac) {
             let a = row[lo as usize];
             *y = a + frac * (row[hi as usize] - a);
@@ -56,41 +57,44 @@ impl Axis {
     }
 }
 
-/// The common case without index tables: between neighbours a and b lie a + (b - a) / 4 and
-/// a + 3 (b - a) / 4; `out` is twice as long as `row`.
+/// The common case without index tables: a lies between a + (before - a) / 4 and a + (behind - a) / 4.
+/// `out` is twice as long as the row.
 struct StretchTwofold<'a> {
-    row: &'a [f32],
+    /// The row, its first element once more before it and its last once more behind.
+    padded: &'a [f32],
     out: &'a mut [f32],
 }
 
 impl Kernel for StretchTwofold<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let (row, out) = (self.row, self.out);
-        let last = row.len() - 1;
-        out[0] = row[0];
-        out[2 * last + 1] = row[last];
+        let (padded, out) = (self.padded, self.out);
+        let len = padded.len() - 2;
         let mut at = 0;
         unsafe {
-            let (quarter, three_quarters) = (S::splat(0.25), S::splat(0.75));
-            while at < last && last >= S::LANES {
+            let quarter = S::splat(0.25);
+            while at < len && len >= S::LANES {
                 // The last vector may do again what the one before it did.
-                at = at.min(last - S::LANES);
-                let a = S::load(row.as_ptr().add(at));
-                let step = S::load(row.as_ptr().add(at + 1)).sub(a);
-                let (near, far) = (step.mul_add(quarter, a), step.mul_add(three_quarters, a));
-                let (first, second) = near.interleave(far);
-                first.store(out.as_mut_ptr().add(2 * at + 1));
-                second.store(out.as_mut_ptr().add(2 * at + 1 + S::LANES));
+                at = at.min(len - S::LANES);
+                let p = padded.as_ptr().add(at);
+                let (before, a, behind) = (S::load(p), S::load(p.add(1)), S::load(p.add(2)));
+                let even = before.sub(a).mul_add(quarter, a);
+                let odd = behind.sub(a).mul_add(quarter, a);
+                let (first, second) = even.interleave(odd);
+                first.store(out.as_mut_ptr().add(2 * at));
+                second.store(out.as_mut_ptr().add(2 * at + S::LANES));
                 at += S::LANES;
             }
         }
-        for (pair, out) in row[at..].windows(2).zip(out[2 * at + 1..].chunks_exact_mut(2)) {
-            out[0] = pair[0] + 0.25 * (pair[1] - pair[0]);
-            out[1] = pair[0] + 0.75 * (pair[1] - pair[0]);
+        for (three, out) in padded[at..].windows(3).zip(out[2 * at..].chunks_exact_mut(2)) {
+            out[0] = three[1] + 0.25 * (three[0] - three[1]);
+            out[1] = three[1] + 0.25 * (three[2] - three[1]);
         }
     }
 }
+
+/// Elements of a cache line.
+const LINE: usize = 16;
 
 /// Bilinear map from planes of one size to planes of another.
 #[derive(Debug, Clone)]
@@ -107,7 +111,7 @@ impl Bilinear {
 
     /// Elements of scratch that [`Bilinear::row`] and [`Bilinear::transpose_row`] need.
     pub fn scratch_len(&self) -> usize {
-        self.columns.input
+        LINE + self.columns.input + 1
     }
 
     /// Output row `y` of a plane: `plane` is input height x width, `out` one row of the output's width.
@@ -116,9 +120,11 @@ impl Bilinear {
         let (lo, hi) = (self.rows.lo[y] as usize, self.rows.hi[y] as usize);
         let (above, below) = (&plane[lo * w..][..w], &plane[hi * w..][..w]);
         let frac = self.rows.frac[y];
-        let blended = &mut scratch[..w];
-        planes::blend(isa, above, below, frac, blended);
-        self.columns.stretch(isa, blended, out);
+        // The blended row on a cache line, if the scratch is, and its ends beside it.
+        planes::blend(isa, above, below, frac, &mut scratch[LINE..LINE + w]);
+        scratch[LINE - 1] = scratch[LINE];
+        scratch[LINE + w] = scratch[LINE + w - 1];
+        self.columns.stretch(isa, &scratch[LINE - 1..], out);
     }
 
     /// Adds the gradient of output row `y`, one row of the output's width, to the gradient of the
@@ -153,7 +159,7 @@ pub fn forward(isa: Isa, x: View, y: ViewMut) {
     let map = map_of(x.shape(), y.shape());
     let (channels, h, w) = (x.shape().c, y.shape().h, y.shape().w);
     let bands = h.div_ceil(BAND);
-    (0..x.shape().n * channels * bands).into_par_iter().for_each(|task| {
+    (0..x.shape().n * channels * bands).into_par_iter().with_max_len(1).for_each(|task| {
         let (n, c) = (task / bands / channels, task / bands % channels);
         let first = task % bands * BAND;
         let rows = BAND.min(h - first);

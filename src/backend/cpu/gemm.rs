@@ -90,15 +90,6 @@ pub struct Rows {
     pub count: usize,
     /// Elements from row to row.
     pub stride: usize,
-    /// Elements of a row.
-    pub width: usize,
-}
-
-impl Rows {
-    /// A tile.
-    fn tile(base: *const f32, count: usize, stride: usize) -> Self {
-        Rows { base, count, stride, width: TILE }
-    }
 }
 
 /// K planes at a fixed stride.
@@ -126,7 +117,7 @@ impl TileSource for Planes {
     }
 
     fn rows(&self, start: usize) -> Option<Rows> {
-        let rows = Rows::tile(self.base.wrapping_add(start), self.k, self.stride);
+        let rows = Rows { base: self.base.wrapping_add(start), count: self.k, stride: self.stride };
         (start + TILE <= self.pixels).then_some(rows)
     }
 }
@@ -153,7 +144,7 @@ unsafe impl Sync for Epilogue {}
 
 impl Epilogue {
     /// The same for the pixels from `start` on.
-    fn at(self, start: usize) -> Self {
+    pub fn at(self, start: usize) -> Self {
         let residual = match self.residual.is_null() {
             true => self.residual,
             false => self.residual.wrapping_add(start),
@@ -206,13 +197,13 @@ pub unsafe fn multiply(
             }
             let x = source.rows(start).unwrap_or_else(|| {
                 source.pack(isa, start, TILE, PITCH, packed);
-                Rows::tile(packed.as_ptr(), k, PITCH)
+                Rows { base: packed.as_ptr(), count: k, stride: PITCH }
             });
-            let mut ahead = Ahead(source.ahead(start));
+            let mut ahead = Ahead::new(source.ahead(start));
             let (weights, epilogue) = (first.weights, first.epilogue.at(start));
             unsafe { isa.run(TileKernel { weights, x, epilogue, ahead: &mut ahead }) }
             if let Some(Product { weights, epilogue: second }) = second {
-                let x = Rows::tile(epilogue.out, m, epilogue.out_stride);
+                let x = Rows { base: epilogue.out, count: m, stride: epilogue.out_stride };
                 let epilogue = second.at(start);
                 unsafe { isa.run(TileKernel { weights, x, epilogue, ahead: &mut ahead }) }
             }
@@ -256,7 +247,7 @@ unsafe fn product_of_copy(
 ) {
     let planes = epilogue.at(pixels.start);
     let count = pixels.len();
-    let x = Rows::tile(x.as_ptr(), weights.k, PITCH);
+    let x = Rows { base: x.as_ptr(), count: weights.k, stride: PITCH };
     let mut epilogue = Epilogue { out: y.as_mut_ptr(), out_stride: PITCH, ..planes };
     unsafe {
         if !planes.residual.is_null() {
@@ -266,7 +257,7 @@ unsafe fn product_of_copy(
             }
             (epilogue.residual, epilogue.residual_stride) = (epilogue.out, PITCH);
         }
-        isa.run(TileKernel { weights, x, epilogue, ahead: &mut Ahead(None) });
+        isa.run(TileKernel { weights, x, epilogue, ahead: &mut Ahead::new(None) });
         for (row, y) in y.chunks_exact(PITCH).enumerate() {
             let out = planes.out.add(row * planes.out_stride);
             y.as_ptr().copy_to_nonoverlapping(out, count);
@@ -279,10 +270,10 @@ unsafe fn product_of_copy(
 /// thread to get a few.
 pub fn for_runs(shape: Shape, work: impl Fn(usize, Range<usize>) + Sync) {
     const LONGEST: usize = 16;
-    let tiles = (shape.n * shape.plane()).div_ceil(4 * rayon::current_num_threads() * TILE);
+    let tiles = (shape.n * shape.plane()).div_ceil(16 * rayon::current_num_threads() * TILE);
     let run = tiles.clamp(1, LONGEST) * TILE;
     let runs = shape.plane().div_ceil(run);
-    (0..shape.n * runs).into_par_iter().for_each(|task| {
+    (0..shape.n * runs).into_par_iter().with_max_len(1).for_each(|task| {
         let (image, start) = (task / runs, task % runs * run);
         work(image, start..(start + run).min(shape.plane()));
     });
@@ -291,19 +282,29 @@ pub fn for_runs(shape: Shape, work: impl Fn(usize, Range<usize>) + Sync) {
 /// Rows of a later tile that are still to be asked for. A tile touches a few lines of every plane: too
 /// short a run for the processor to see it coming by itself.
 #[derive(Clone, Copy)]
-struct Ahead(Option<Rows>);
+struct Ahead {
+    next: *const f32,
+    left: usize,
+    stride: usize,
+}
 
 impl Ahead {
+    fn new(rows: Option<Rows>) -> Self {
+        match rows {
+            Some(rows) => Ahead { next: rows.base, left: rows.count, stride: rows.stride },
+            None => Ahead { next: std::ptr::null(), left: 0, stride: 0 },
+        }
+    }
+
     /// Asks for one more row.
     #[inline(always)]
     unsafe fn fetch<S: Simd>(&mut self) {
-        let Some(rows) = &mut self.0 else { return };
-        if rows.count > 0 {
-            for line in 0..rows.width / 16 {
-                unsafe { S::prefetch(rows.base.wrapping_add(16 * line)) }
+        if self.left > 0 {
+            for line in 0..TILE / 16 {
+                unsafe { S::prefetch(self.next.wrapping_add(16 * line)) }
             }
-            rows.base = rows.base.wrapping_add(rows.stride);
-            rows.count -= 1;
+            self.next = self.next.wrapping_add(self.stride);
+            self.left -= 1;
         }
     }
 }
