@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::subsample::EvenPixels;
 use super::{Act, Cost, activation};
 use crate::backend::cpu::gemm::{self, Epilogue, PackedWeights, Planes, Product, dot_pixels};
 use crate::backend::cpu::{Isa, View, ViewMut, planes};
@@ -59,7 +60,19 @@ pub fn forward(
     }
 }
 
-/// One of two convolutions that run back to back.
+/// [`forward`] of every second row and column of `x`, none or ReLU behind it.
+pub fn forward_subsampled(isa: Isa, x: View, conv: Pointwise) {
+    let weights = PackedWeights::new(conv.weight, conv.y.shape().c, x.shape().c);
+    gemm::for_runs(conv.y.shape(), |image, pixels| {
+        let epilogue = epilogue(image, conv.bias, conv.residual, conv.act, conv.y);
+        let product = Product { weights: &weights, epilogue };
+        // Every task owns its pixels of all output planes.
+        unsafe { gemm::multiply(isa, &EvenPixels { x, image }, pixels, product, None) }
+    });
+}
+
+/// A convolution that runs back to back with another operator.
+#[derive(Clone, Copy)]
 pub struct Pointwise<'a> {
     /// Weights, out x in.
     pub weight: &'a [f32],
@@ -112,7 +125,7 @@ fn multiply(
 }
 
 /// The channels of one image as the operand of a product.
-fn planes_of(x: View, image: usize) -> Planes {
+pub(super) fn planes_of(x: View, image: usize) -> Planes {
     let (shape, stride) = (x.shape(), x.plane_stride());
     Planes { base: x.image(image), k: shape.c, stride, pixels: shape.plane() }
 }

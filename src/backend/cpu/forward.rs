@@ -4,13 +4,14 @@ use std::ops::Range;
 
 use super::backend::CpuBackend;
 use super::{View, ViewMut};
-use crate::graph::{ParamId, Plan, Step};
+use crate::graph::{ParamId, Plan, Step, Tensor};
 use crate::ops::batch_norm::{self, TrainingParams};
 use crate::ops::conv1x1::Pointwise;
-use crate::ops::meu_scores::MeuScoresParams;
+use crate::ops::meu_scores::{Gate, MeuScoresParams};
+use crate::ops::row_by_row::{self, Expand, Then};
 use crate::ops::{
-    BatchNorm, BnParams, Cascade, Conv1x1, Norm, Op, activation, add, channel_mean, concat,
-    conv1x1, global_pool, resize, subsample, weighted_pool,
+    BatchNorm, BnParams, Cascade, Conv1x1, MeuScores, Norm, Op, activation, add, channel_mean,
+    concat, conv1x1, global_pool, resize, subsample, weighted_pool,
 };
 
 /// A copy of a batch norm's running statistics, to be written back after the step: the flat
@@ -73,46 +74,90 @@ fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
         Op::Subsample => subsample::forward(isa, input(0), output),
         Op::WeightedPool => weighted_pool::forward(isa, input(0), input(1), output),
         Op::MeuScores(op) => {
-            let params = MeuScoresParams {
-                mix: param(op.mix),
-                low: param(op.low),
-                low_bias: param(op.low_bias),
-                bias: param(op.bias),
-            };
-            op.forward(isa, params, (input(0), input(1), input(2), input(3)), output);
+            let operands = (input(0), input(1), input(2), Gate::Plane(input(3)));
+            op.forward(isa, scores_params(cpu, plan, op), operands, output);
         }
     }
 }
 
-/// Runs steps of the forward pass; a joined one runs with the one before it.
+/// Runs steps of the forward pass; joined ones run with the one before them.
 pub(super) fn run(cpu: &mut CpuBackend, plan: &Plan, range: Range<usize>) {
-    for index in range {
-        match &plan.steps[index..] {
-            [one, ..] if one.joined => {}
-            [first, second, ..] if second.joined => pair(cpu, plan, first, second),
-            [one, ..] => step(cpu, plan, one),
-            [] => {}
+    for index in range.filter(|&index| !plan.steps[index].joined) {
+        let behind = plan.steps[index + 1..].iter().take_while(|step| step.joined).count();
+        let steps = &plan.steps[index..=index + behind];
+        if behind == 0 || !at_once(cpu, plan, steps) {
+            steps.iter().for_each(|one| step(cpu, plan, one));
         }
     }
 }
 
-/// Two 1x1 convolutions, the second of which reads what the first one writes, at once.
-fn pair(cpu: &mut CpuBackend, plan: &Plan, first: &Step, second: &Step) {
+/// Runs operators each of which reads what the one before it yields at once, where there is a way. What
+/// is in between is written only where a 1x1 convolution reads it from another, since others may.
+fn at_once(cpu: &mut CpuBackend, plan: &Plan, steps: &[Step]) -> bool {
     let (isa, base) = (cpu.isa, cpu.arena.base());
-    let param = |id: ParamId| &cpu.params[plan.param(id)];
+    let param = |id: ParamId| -> &[f32] { &cpu.params[plan.param(id)] };
+    let view = |tensor: &Tensor| unsafe { View::of(base, tensor) };
+    let view_mut = |tensor: &Tensor| unsafe { ViewMut::of(base, tensor) };
+    let x = view(&steps[0].inputs[0]);
     let pointwise = |step: &Step, op: &Conv1x1| Pointwise {
         weight: param(op.weight),
         bias: op.bias.map(param),
-        residual: step.inputs.get(1).map(|r| unsafe { View::of(base, r) }),
+        residual: step.inputs.get(1).map(view),
         act: op.act,
-        y: unsafe { ViewMut::of(base, &step.output) },
+        y: view_mut(&step.output),
     };
-    match (&first.op, &second.op) {
-        (Op::Conv1x1(a), Op::Conv1x1(b)) => {
-            let x = unsafe { View::of(base, &first.inputs[0]) };
-            conv1x1::forward_pair(isa, x, pointwise(first, a), pointwise(second, b));
-        }
-        _ => [first, second].into_iter().for_each(|one| step(cpu, plan, one)),
+    match steps {
+        [first, second] => match (&first.op, &second.op) {
+            (Op::Conv1x1(a), Op::Conv1x1(b)) => {
+                conv1x1::forward_pair(isa, x, pointwise(first, a), pointwise(second, b));
+                return true;
+            }
+            (Op::Conv1x1(gate), Op::MeuScores(op)) => {
+                let (weight, bias) = (param(gate.weight), gate.bias.map(param));
+                let gate = Gate::Convolution { weight, bias, act: gate.act };
+                let [t, x, ca] = [0, 1, 2].map(|i| view(&second.inputs[i]));
+                let y = view_mut(&second.output);
+                op.forward(isa, scores_params(cpu, plan, op), (t, x, ca, gate), y);
+                return true;
+            }
+            (Op::Subsample, Op::Conv1x1(op)) => {
+                conv1x1::forward_subsampled(isa, x, pointwise(second, op));
+                return true;
+            }
+            _ => {}
+        },
+        [_, _, _] => {}
+        _ => return false,
+    }
+    let (Op::Conv1x1(expand), Op::Cascade(cascade)) = (&steps[0].op, &steps[1].op) else {
+        return false;
+    };
+    let then = match steps.get(2) {
+        None => Then::Store(view_mut(&steps[1].output)),
+        Some(last) => match &last.op {
+            Op::Conv1x1(op) => Then::Project(pointwise(last, op)),
+            _ => return false,
+        },
+    };
+    let Norm::Folded(biases) = &cascade.norm else { return false };
+    let suits = row_by_row::suits(cascade, x.shape().w);
+    if suits {
+        let weights: Vec<&[f32]> = cascade.weights.iter().map(|&w| param(w)).collect();
+        let biases: Vec<&[f32]> = biases.iter().map(|&b| param(b)).collect();
+        let (weight, bias) = (param(expand.weight), expand.bias.map(param));
+        let expand = Expand { weight, bias, act: expand.act };
+        row_by_row::forward(isa, x, expand, cascade, (&weights, &biases), then);
+    }
+    suits
+}
+
+fn scores_params<'a>(cpu: &'a CpuBackend, plan: &Plan, op: &MeuScores) -> MeuScoresParams<'a> {
+    let param = |id: ParamId| &cpu.params[plan.param(id)];
+    MeuScoresParams {
+        mix: param(op.mix),
+        low: param(op.low),
+        low_bias: param(op.low_bias),
+        bias: param(op.bias),
     }
 }
 
