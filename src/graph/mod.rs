@@ -79,11 +79,12 @@ pub struct Node {
     pub op: Op,
     /// Where its operands come from; always nodes of a smaller index.
     pub inputs: Vec<NodeId>,
-    /// Whether it runs together with the node just before it, one of its operands. The plan keeps the
-    /// operands of both until both are done. Of two 1x1 convolutions it may put this node's output over
-    /// the first operand of the other: an executor that runs both at once reads all operands of a pixel
-    /// before it writes a result. A third may join a pair. In all but pairs of 1x1 convolutions nobody else reads what comes before the last one, and it
-    /// need not be written. One that runs all one after the other is right as well.
+    /// Whether it runs together with the node just before it, whose result is its first operand. A third
+    /// may join a pair. The plan keeps the operands of all until all are done. Of two 1x1 convolutions it
+    /// may put the second one's output over the first operand of the first: an executor that runs both at
+    /// once reads all operands of a pixel before it writes a result. In between of other operators nobody
+    /// else reads what is handed on, and it need not be written. An executor that runs one after the other
+    /// is right as well.
     pub joined: bool,
     /// Scales by which the output, never negative, may be kept in 8 bits: value = scale * byte, one
     /// per channel, then one over each (2 x C). For executors that can; what they compute is the same

@@ -63,6 +63,13 @@ pub enum PlaneLayout {
 }
 
 impl PlaneLayout {
+    /// Whether an operator also works in place inside a concat that its output is a part of: what is in
+    /// a processor's cache already need not be fetched to be overwritten. A GPU's tiled cascade works
+    /// from one place to another, and would need a copy.
+    fn in_place_in_concat(self) -> bool {
+        self == PlaneLayout::CachePadded
+    }
+
     pub(crate) fn stride(self, plane: usize) -> usize {
         match self {
             PlaneLayout::Dense => plane,
@@ -328,7 +335,8 @@ impl<'a> Planner<'a> {
                 let same = alone && self.shapes[input] == self.shapes[i];
                 if homes[i].root != i {
                     // The other way round: where a concat wants the output.
-                    if same && root == input && !matches!(owner, Op::Concat | Op::Input { .. }) {
+                    let free = root == input && !matches!(owner, Op::Concat | Op::Input { .. });
+                    if same && free && self.layout.in_place_in_concat() {
                         homes[input] = homes[i];
                     }
                 } else if same && whole {

@@ -54,9 +54,27 @@ pub fn forward(
     y: ViewMut,
 ) {
     let (inp, out) = (x.shape().c, y.shape().c);
+    if x.shape().plane() == 1 && residual.is_none() {
+        return forward_pixel(isa, x, w, bias, act, y);
+    }
     multiply(isa, x, &PackedWeights::new(w, out, inp), bias, residual, act, y);
     if act == Act::Sigmoid {
         activation::forward(isa, y.as_view(), act, y);
+    }
+}
+
+/// [`forward`] of a single pixel per image, as of a pooled tensor: no tile to fill.
+fn forward_pixel(isa: Isa, x: View, w: &[f32], bias: Option<&[f32]>, act: Act, y: ViewMut) {
+    let (inp, out) = (x.shape().c, y.shape().c);
+    for n in 0..x.shape().n {
+        let pixel: Vec<f32> = (0..inp).map(|c| x.plane(n, c)[0]).collect();
+        for (c, row) in (0..out).zip(w.chunks_exact(inp)) {
+            let sum = planes::dot(isa, row, &pixel) + bias.map_or(0.0, |b| f64::from(b[c]));
+            // Nobody else works on it.
+            let y = unsafe { y.plane_mut(n, c) };
+            y[0] = sum as f32;
+            activation::apply(act, y);
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use super::resize::Bilinear;
 use super::{Act, Cost, activation};
 use crate::backend::cpu::gemm::{self, Epilogue, PackedWeights, Product};
 use crate::backend::cpu::scratch::with_scratch;
-use crate::backend::cpu::{Isa, View, ViewMut, planes};
+use crate::backend::cpu::{Isa, View, ViewMut};
 use crate::graph::{ParamId, Shape};
 
 /// Inputs t (N x C x h x w), x (N x in x H x W), ca (N x width x 1 x 1), sa (N x 1 x H x W);
@@ -107,9 +107,8 @@ impl MeuScores {
             let (n, row) = (task / high.h, task % high.h);
             let pixels = row * high.w..(row + 1) * high.w;
             let (weights, bias) = &composed[n];
-            with_scratch(rows * pitch + high.w + map.scratch_len(), |scratch| {
+            with_scratch(rows * pitch + map.scratch_len(), |scratch| {
                 let (products, scratch) = scratch.split_at_mut(rows * pitch);
-                let (upsampled, scratch) = scratch.split_at_mut(high.w);
                 let epilogue = Epilogue {
                     bias: bias.as_ptr(),
                     ..Epilogue::store(products.as_mut_ptr().wrapping_sub(pixels.start), pitch)
@@ -122,14 +121,14 @@ impl MeuScores {
                     Gate::Convolution { act, .. } => {
                         let gate = &mut gate_row[..high.w];
                         activation::apply(act, gate);
-                        gate
+                        &*gate
                     }
                 };
                 for (c, product) in products.chunks_exact(pitch).enumerate() {
-                    map.row(isa, t.plane(n, c), row, scratch, upsampled);
                     // One task per row.
                     let y = unsafe { y.pixels_mut(n, c, pixels.clone()) };
-                    planes::multiply_add(isa, upsampled, gate, &product[..high.w], y);
+                    let gated = (gate, &product[..high.w]);
+                    map.row_gated(isa, (t.plane(n, c), row), scratch, gated, y);
                 }
             });
         });

@@ -63,7 +63,9 @@ impl TileSource for EvenPixels<'_> {
             let run = left.div_ceil(2).min(count - done);
             let planes = Rows { base: source, count: channels, stride: self.x.plane_stride() };
             let out = packed[done..].as_mut_ptr();
-            unsafe { isa.run(EvenElements { planes, left, out, pitch, run }) }
+            // Two tiles further, which may be in another row.
+            let ahead = self.place((start + done + 2 * TILE).min(self.pixels() - 1)).0;
+            unsafe { isa.run(EvenElements { planes, left, ahead, out, pitch, run }) }
             done += run;
         }
     }
@@ -74,6 +76,8 @@ struct EvenElements {
     /// From the first element on, and how many there are in a row.
     planes: Rows,
     left: usize,
+    /// What the first plane will be read from later.
+    ahead: *const f32,
     out: *mut f32,
     pitch: usize,
     /// Elements to write.
@@ -88,10 +92,10 @@ impl Kernel for EvenElements {
         for plane in 0..count {
             unsafe {
                 let (x, out) = (base.add(plane * stride), self.out.add(plane * self.pitch));
+                let ahead = self.ahead.wrapping_add(plane * stride);
                 for at in (0..vectors).step_by(S::LANES) {
-                    // Two tiles further.
                     for line in 0..2 * S::LANES / 16 {
-                        S::prefetch(x.wrapping_add(2 * at + 4 * TILE + 16 * line));
+                        S::prefetch(ahead.wrapping_add(2 * at + 16 * line));
                     }
                     let pair = (S::load(x.add(2 * at)), S::load(x.add(2 * at + S::LANES)));
                     pair.0.deinterleave(pair.1).0.store(out.add(at));

@@ -73,22 +73,64 @@ fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
         Op::Resize => resize::forward(isa, input(0), output),
         Op::Subsample => subsample::forward(isa, input(0), output),
         Op::WeightedPool => weighted_pool::forward(isa, input(0), input(1), output),
-        Op::MeuScores(op) => {
-            let operands = (input(0), input(1), input(2), Gate::Plane(input(3)));
-            op.forward(isa, scores_params(cpu, plan, op), operands, output);
+        // Run by [`scores`], with what computes its gate.
+        Op::MeuScores(_) => {}
+    }
+}
+
+/// Runs steps of the forward pass; joined ones run with the one before them, and a gate with the scores
+/// that it is for.
+pub(super) fn run(cpu: &mut CpuBackend, plan: &Plan, range: Range<usize>) {
+    for index in range.filter(|&index| !plan.steps[index].joined) {
+        if scores_of(plan, index).is_some() {
+            continue;
+        }
+        let behind = plan.steps[index + 1..].iter().take_while(|step| step.joined).count();
+        let steps = &plan.steps[index..=index + behind];
+        match &steps[0].op {
+            Op::MeuScores(op) => scores(cpu, plan, index, op),
+            _ if behind > 0 && at_once(cpu, plan, steps) => {}
+            _ => steps.iter().for_each(|one| step(cpu, plan, one)),
         }
     }
 }
 
-/// Runs steps of the forward pass; joined ones run with the one before them.
-pub(super) fn run(cpu: &mut CpuBackend, plan: &Plan, range: Range<usize>) {
-    for index in range.filter(|&index| !plan.steps[index].joined) {
-        let behind = plan.steps[index + 1..].iter().take_while(|step| step.joined).count();
-        let steps = &plan.steps[index..=index + behind];
-        if behind == 0 || !at_once(cpu, plan, steps) {
-            steps.iter().for_each(|one| step(cpu, plan, one));
-        }
+/// The scores for which alone a step computes the gate, from what they read as well: one pass over it
+/// serves both, and the gate is not written.
+fn scores_of(plan: &Plan, index: usize) -> Option<usize> {
+    let gate = &plan.steps[index];
+    let (Op::Conv1x1(_), [x]) = (&gate.op, &gate.inputs[..]) else { return None };
+    if gate.output.shape.c != 1 {
+        return None;
     }
+    let mut readers =
+        (index + 1..plan.steps.len()).filter(|&i| plan.steps[i].inputs.contains(&gate.output));
+    let reader = readers.next().filter(|_| readers.next().is_none())?;
+    let Step { op, inputs, .. } = &plan.steps[reader];
+    let fits = matches!(op, Op::MeuScores(_)) && inputs[1] == *x && inputs[3] == gate.output;
+    fits.then_some(reader)
+}
+
+fn scores(cpu: &mut CpuBackend, plan: &Plan, index: usize, op: &MeuScores) {
+    let (isa, base) = (cpu.isa, cpu.arena.base());
+    let step = &plan.steps[index];
+    let param = |id: ParamId| -> &[f32] { &cpu.params[plan.param(id)] };
+    let [t, x, ca, sa] = [0, 1, 2, 3].map(|i| unsafe { View::of(base, &step.inputs[i]) });
+    let gate = (0..index).find(|&gate| scores_of(plan, gate) == Some(index));
+    let gate = match gate.map(|gate| &plan.steps[gate].op) {
+        Some(Op::Conv1x1(conv)) => {
+            let (weight, bias) = (param(conv.weight), conv.bias.map(param));
+            Gate::Convolution { weight, bias, act: conv.act }
+        }
+        _ => Gate::Plane(sa),
+    };
+    let params = MeuScoresParams {
+        mix: param(op.mix),
+        low: param(op.low),
+        low_bias: param(op.low_bias),
+        bias: param(op.bias),
+    };
+    op.forward(isa, params, (t, x, ca, gate), unsafe { ViewMut::of(base, &step.output) });
 }
 
 /// Runs operators each of which reads what the one before it yields at once, where there is a way. What
@@ -110,14 +152,6 @@ fn at_once(cpu: &mut CpuBackend, plan: &Plan, steps: &[Step]) -> bool {
         [first, second] => match (&first.op, &second.op) {
             (Op::Conv1x1(a), Op::Conv1x1(b)) => {
                 conv1x1::forward_pair(isa, x, pointwise(first, a), pointwise(second, b));
-                return true;
-            }
-            (Op::Conv1x1(gate), Op::MeuScores(op)) => {
-                let (weight, bias) = (param(gate.weight), gate.bias.map(param));
-                let gate = Gate::Convolution { weight, bias, act: gate.act };
-                let [t, x, ca] = [0, 1, 2].map(|i| view(&second.inputs[i]));
-                let y = view_mut(&second.output);
-                op.forward(isa, scores_params(cpu, plan, op), (t, x, ca, gate), y);
                 return true;
             }
             (Op::Subsample, Op::Conv1x1(op)) => {
@@ -149,16 +183,6 @@ fn at_once(cpu: &mut CpuBackend, plan: &Plan, steps: &[Step]) -> bool {
         row_by_row::forward(isa, x, expand, cascade, (&weights, &biases), then);
     }
     suits
-}
-
-fn scores_params<'a>(cpu: &'a CpuBackend, plan: &Plan, op: &MeuScores) -> MeuScoresParams<'a> {
-    let param = |id: ParamId| &cpu.params[plan.param(id)];
-    MeuScoresParams {
-        mix: param(op.mix),
-        low: param(op.low),
-        low_bias: param(op.low_bias),
-        bias: param(op.bias),
-    }
 }
 
 fn batch_norm(

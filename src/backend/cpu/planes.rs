@@ -360,22 +360,6 @@ pub fn multiply(isa: Isa, x: &[f32], y: &mut [f32]) {
     for_each(isa, x.len(), Multiply(x.as_ptr(), y.as_mut_ptr()));
 }
 
-/// y = a * b + c.
-pub fn multiply_add(isa: Isa, a: &[f32], b: &[f32], c: &[f32], y: &mut [f32]) {
-    struct MultiplyAdd(*const f32, *const f32, *const f32, *mut f32);
-    impl Elementwise for MultiplyAdd {
-        #[inline(always)]
-        unsafe fn step<S: Simd>(&self, at: usize, lanes: usize) {
-            unsafe {
-                let [a, b, c] = [self.0, self.1, self.2].map(|p| S::load_up_to(p.add(at), lanes));
-                a.mul_add(b, c).store_up_to(self.3.add(at), lanes);
-            }
-        }
-    }
-    assert!(a.len() == y.len() && b.len() == y.len() && c.len() == y.len());
-    for_each(isa, y.len(), MultiplyAdd(a.as_ptr(), b.as_ptr(), c.as_ptr(), y.as_mut_ptr()));
-}
-
 /// y += scale * x.
 pub fn add_scaled(isa: Isa, x: &[f32], scale: f32, y: &mut [f32]) {
     struct AddScaled(*const f32, f32, *mut f32);

@@ -147,15 +147,14 @@ fn write(new: &mut Rewriter, decoder: &Decoder) -> NodeId {
     let mean = new.node("decoder2.mean", fuse, vec![high, low, ca2]);
     let gate = d1.channel.0.after(&d1.high);
     let ca1 = conv(new, "decoder1.channel_attention", &gate, d1.channel.1, mean);
+    let gate = d1.spatial.0.after(&d1.low.mean_row());
+    let sa1 = conv(new, "decoder1.spatial_attention", &gate, d1.spatial.1, x1);
 
     // The features, as class scores from here on.
     let mix = classifier.linear().after(&d1.high.linear());
     let t = conv(new, "decoder2.scores.high", &mix.after(&d2.high), Act::None, s3);
     let constant = classifier.linear().after(&d1.high).bias;
     let z = scores(new, "decoder2.scores", &mix, &d2.low, &constant, vec![t, x2, ca2, sa2]);
-    // Just before what reads it: both read x1 (see [`join`](super::join)).
-    let gate = d1.spatial.0.after(&d1.low.mean_row());
-    let sa1 = conv(new, "decoder1.spatial_attention", &gate, d1.spatial.1, x1);
     let inputs = vec![z, x1, ca1, sa1];
     scores(new, "decoder1.scores", classifier, &d1.low, &classifier.bias, inputs)
 }

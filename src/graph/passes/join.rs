@@ -1,7 +1,7 @@
 //! Operators that read, pixel by pixel or row by row, what the one before has just written, marked as
-//! one step with it: a block's projection and the next one's expansion, and in strided blocks the
-//! expansion with its neighbour, blocks whose only branch has dilation 1 as a whole, and the last gate with the scores it is for. A kernel that does both keeps what is between them in registers,
-//! shared memory or cache. The mark changes nothing but the plan: see
+//! one step with it: a block's projection and the next one's expansion, in strided blocks the expansion
+//! with its neighbour, and all of a block whose only branch has dilation 1. A kernel that does both keeps
+//! what is between them in registers, shared memory or cache. The mark changes nothing but the plan: see
 //! [`Node::joined`](crate::graph::Node::joined).
 
 use crate::graph::{Graph, Node, NodeId};
@@ -21,11 +21,7 @@ pub(super) fn rewrite(mut graph: Graph) -> Graph {
 
 /// Whether `node` can run with the one before it, `id`, whose result only `node` reads if `alone`.
 fn suit(before: &Node, node: &Node, id: NodeId, alone: bool) -> bool {
-    if let (Op::Conv1x1(_), Op::MeuScores(_)) = (&before.op, &node.op) {
-        // The gate, from what is mapped to scores.
-        return alone && node.inputs[3] == id && before.inputs == [node.inputs[1]];
-    }
-    if node.inputs[0] != id {
+    if node.inputs.first() != Some(&id) {
         return false;
     }
     let plain = |node: &Node| node.inputs.len() == 1;

@@ -109,14 +109,13 @@ fn pairs_are_a_projection_and_the_expansion_that_reads_it() {
     assert_eq!(pairs.len(), 2 + 8);
     assert_eq!(pairs[0], ("stage2.0.project.conv", "stage2.1.expand.conv"));
     assert_eq!(pairs[9], ("stage3.7.project.conv", "stage3.8.expand.conv"));
-    // Stage 1's block is one step. With the other rewrites so are the parts of strided blocks, and the
-    // last gate with the scores.
+    // Stage 1's block is one step. With the other rewrites so are the parts of strided blocks.
     assert_eq!(graph.nodes.iter().filter(|node| node.joined).count(), 10 + 2);
     let (_, graph) = rewritten(&ModelConfig::default(), Rewrites::ALL);
     let others: Vec<&str> =
         graph.nodes.iter().filter(|node| node.joined).map(|node| &node.name[..]).collect();
-    assert_eq!(others.len(), 10 + 2 + 4 + 1);
-    for name in ["stage2.0.branches.fine", "stage3.0.expand.conv.coarse", "decoder1.scores"] {
+    assert_eq!(others.len(), 10 + 2 + 4);
+    for name in ["stage2.0.branches.fine", "stage3.0.expand.conv.coarse"] {
         assert!(others.contains(&name), "{name}");
     }
     let relu = ModelConfig { block_activation: BlockActivation::Relu, ..ModelConfig::default() };
