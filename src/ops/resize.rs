@@ -152,8 +152,8 @@ impl Kernel for ShrinkTwofold<'_> {
             }
             at += S::LANES;
         }
-        for at in at..=last {
-            row[at] += one(at);
+        for (at, out) in row.iter_mut().enumerate().skip(at) {
+            *out += one(at);
         }
     }
 }
