@@ -79,10 +79,12 @@ pub struct Node {
     pub op: Op,
     /// Where its operands come from; always nodes of a smaller index.
     pub inputs: Vec<NodeId>,
-    /// Whether it runs together with the node just before it, which is its only operand. The plan
-    /// keeps the operands of both until both are done, and may put this node's output over the
-    /// first operand of that one: an executor that runs both at once reads all operands of a pixel
-    /// before it writes a result; one that runs them one after the other is right as well.
+    /// Whether it runs together with the node just before it, whose result is its first operand. A third
+    /// may join a pair. The plan keeps the operands of all until all are done. Of two 1x1 convolutions it
+    /// may put the second one's output over the first operand of the first: an executor that runs both at
+    /// once reads all operands of a pixel before it writes a result. In between of other operators nobody
+    /// else reads what is handed on, and it need not be written. An executor that runs one after the other
+    /// is right as well.
     pub joined: bool,
     /// Scales by which the output, never negative, may be kept in 8 bits: value = scale * byte, one
     /// per channel, then one over each (2 x C). For executors that can; what they compute is the same

@@ -63,6 +63,13 @@ pub enum PlaneLayout {
 }
 
 impl PlaneLayout {
+    /// Whether an operator also works in place inside a concat that its output is a part of: what is in
+    /// a processor's cache already need not be fetched to be overwritten. A GPU's tiled cascade works
+    /// from one place to another, and would need a copy.
+    fn in_place_in_concat(self) -> bool {
+        self == PlaneLayout::CachePadded
+    }
+
     pub(crate) fn stride(self, plane: usize) -> usize {
         match self {
             PlaneLayout::Dense => plane,
@@ -246,15 +253,15 @@ impl<'a> Planner<'a> {
         self.graph.nodes.len()
     }
 
-    /// Forward moment of a node: its place in the order, for a pair that runs at once the first's.
+    /// Forward moment of a node: its place in the order, for those that run at once the first's.
     fn moment(&self, node: usize) -> usize {
-        node - usize::from(self.graph.nodes[node].joined)
+        (0..=node).rev().find(|&i| !self.graph.nodes[i].joined).unwrap_or(node)
     }
 
     /// Moment after which nothing reads a node's operands any more.
     fn done(&self, node: usize) -> usize {
-        let pair = self.graph.nodes.get(node + 1).is_some_and(|next| next.joined);
-        node + usize::from(pair && node < self.last)
+        let behind = &self.graph.nodes[node + 1..=self.last.max(node)];
+        node + behind.iter().take_while(|next| next.joined).count()
     }
 
     fn backward(&self, node: usize) -> usize {
@@ -312,8 +319,11 @@ impl<'a> Planner<'a> {
         // the second of a joined pair over the first one's.
         if !self.training() {
             for (i, node) in self.graph.nodes.iter().enumerate() {
-                let reader = if node.joined { i - 1 } else { i };
-                if homes[i].root != i || !(node.joined || node.op.in_place()) {
+                // Two 1x1 convolutions: all of a pixel's operands are read before a result is written.
+                let pointwise = |i: usize| matches!(self.graph.nodes[i].op, Op::Conv1x1(_));
+                let pair = node.joined && pointwise(i - 1) && pointwise(i);
+                let reader = if pair { i - 1 } else { i };
+                if !(pair || !node.joined && node.op.in_place()) {
                     continue;
                 }
                 let input = self.graph.nodes[reader].inputs[0].0;
@@ -322,7 +332,14 @@ impl<'a> Planner<'a> {
                 let owner = &self.graph.nodes[root].op;
                 let whole = self.shapes[root] == self.shapes[input]
                     && !matches!(owner, Op::Concat | Op::Input { .. });
-                if alone && whole && self.shapes[input] == self.shapes[i] {
+                let same = alone && self.shapes[input] == self.shapes[i];
+                if homes[i].root != i {
+                    // The other way round: where a concat wants the output.
+                    let free = root == input && !matches!(owner, Op::Concat | Op::Input { .. });
+                    if same && free && self.layout.in_place_in_concat() {
+                        homes[input] = homes[i];
+                    }
+                } else if same && whole {
                     homes[i] = Home { root, channel: 0 };
                 }
             }

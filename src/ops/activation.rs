@@ -59,6 +59,19 @@ pub fn forward(isa: Isa, x: View, act: Act, y: ViewMut) {
     });
 }
 
+/// The same over a few elements.
+pub(super) fn apply(act: Act, values: &mut [f32]) {
+    for v in values {
+        *v = match act {
+            Act::None => *v,
+            // Not f32::max, which drops a NaN.
+            Act::Relu if *v <= 0.0 => 0.0,
+            Act::Relu => *v,
+            Act::Sigmoid => 1.0 / (1.0 + (-*v).exp()),
+        };
+    }
+}
+
 /// With y the forward's output: ReLU passes dy where y > 0; the sigmoid has dx = dy * y * (1 - y).
 pub fn backward(isa: Isa, y: View, dy: View, act: Act, dx: ViewMut, accumulate: bool) {
     let channels = y.shape().c;

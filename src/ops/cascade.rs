@@ -119,7 +119,7 @@ impl Cascade {
         let handed_on = self.addition && live <= HANDED_ON_BYTES;
         let copies = if handed_on { 2 } else { 1 };
         let chains = x.shape().n * width;
-        let run = chains.div_ceil(4 * rayon::current_num_threads());
+        let run = chains.div_ceil(8 * rayon::current_num_threads());
         // Operands in the order in which they are read: branch by branch, chain by chain.
         let place = |link: usize| {
             let (branch, chain) = (link % branches, link / branches);
@@ -129,7 +129,7 @@ impl Cascade {
             let (n, c) = place(link);
             x.plane(n, c)
         };
-        (0..chains.div_ceil(run)).into_par_iter().for_each(|task| {
+        (0..chains.div_ceil(run)).into_par_iter().with_max_len(1).for_each(|task| {
             let links = task * run * branches..((task + 1) * run).min(chains) * branches;
             with_scratch(copies * len, |scratch| {
                 let (mut copy, mut next_copy) = scratch.split_at_mut(len);

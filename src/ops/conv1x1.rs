@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::subsample::EvenPixels;
 use super::{Act, Cost, activation};
 use crate::backend::cpu::gemm::{self, Epilogue, PackedWeights, Planes, Product, dot_pixels};
 use crate::backend::cpu::{Isa, View, ViewMut, planes};
@@ -53,13 +54,43 @@ pub fn forward(
     y: ViewMut,
 ) {
     let (inp, out) = (x.shape().c, y.shape().c);
+    if x.shape().plane() == 1 && residual.is_none() {
+        return forward_pixel(isa, x, w, bias, act, y);
+    }
     multiply(isa, x, &PackedWeights::new(w, out, inp), bias, residual, act, y);
     if act == Act::Sigmoid {
         activation::forward(isa, y.as_view(), act, y);
     }
 }
 
-/// One of two convolutions that run back to back.
+/// [`forward`] of a single pixel per image, as of a pooled tensor: no tile to fill.
+fn forward_pixel(isa: Isa, x: View, w: &[f32], bias: Option<&[f32]>, act: Act, y: ViewMut) {
+    let (inp, out) = (x.shape().c, y.shape().c);
+    for n in 0..x.shape().n {
+        let pixel: Vec<f32> = (0..inp).map(|c| x.plane(n, c)[0]).collect();
+        for (c, row) in (0..out).zip(w.chunks_exact(inp)) {
+            let sum = planes::dot(isa, row, &pixel) + bias.map_or(0.0, |b| f64::from(b[c]));
+            // Nobody else works on it.
+            let y = unsafe { y.plane_mut(n, c) };
+            y[0] = sum as f32;
+            activation::apply(act, y);
+        }
+    }
+}
+
+/// [`forward`] of every second row and column of `x`, none or ReLU behind it.
+pub fn forward_subsampled(isa: Isa, x: View, conv: Pointwise) {
+    let weights = PackedWeights::new(conv.weight, conv.y.shape().c, x.shape().c);
+    gemm::for_runs(conv.y.shape(), |image, pixels| {
+        let epilogue = epilogue(image, conv.bias, conv.residual, conv.act, conv.y);
+        let product = Product { weights: &weights, epilogue };
+        // Every task owns its pixels of all output planes.
+        unsafe { gemm::multiply(isa, &EvenPixels { x, image }, pixels, product, None) }
+    });
+}
+
+/// A convolution that runs back to back with another operator.
+#[derive(Clone, Copy)]
 pub struct Pointwise<'a> {
     /// Weights, out x in.
     pub weight: &'a [f32],
@@ -112,7 +143,7 @@ fn multiply(
 }
 
 /// The channels of one image as the operand of a product.
-fn planes_of(x: View, image: usize) -> Planes {
+pub(super) fn planes_of(x: View, image: usize) -> Planes {
     let (shape, stride) = (x.shape(), x.plane_stride());
     Planes { base: x.image(image), k: shape.c, stride, pixels: shape.plane() }
 }

@@ -59,30 +59,24 @@ struct Neighbourhoods<'a> {
 }
 
 impl TileSource for Neighbourhoods<'_> {
-    fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
-        let k = 9 * self.x.shape().c;
-        for three in 0..k / 3 {
+    fn pack(&self, isa: Isa, start: usize, count: usize, pitch: usize, packed: &mut [f32]) {
+        for three in 0..3 * self.x.shape().c {
             let (channel, dy) = (three / 3, three % 3);
             let plane = self.x.plane(self.image, channel);
+            let (left, rest) = packed[3 * three * pitch..].split_at_mut(pitch);
+            let (middle, right) = rest.split_at_mut(pitch);
             let mut done = 0;
             while done < count {
                 let pixel = start + done;
-                // A run: within one output row and one strip.
+                // A run: within one output row.
                 let (oy, ox) = (pixel / self.out_w, pixel % self.out_w);
-                let run = (count - done).min(self.out_w - ox).min(nr - done % nr);
+                let run = (count - done).min(self.out_w - ox);
                 let y = (oy * self.stride + dy).wrapping_sub(1);
-                let target = &mut packed[(done / nr * k + 3 * three) * nr + done % nr..];
-                let (left, rest) = target.split_at_mut(nr);
-                let (middle, right) = rest.split_at_mut(nr);
-                let taps = [&mut left[..run], &mut middle[..run], &mut right[..run]];
+                let pixels = done..done + run;
+                let taps =
+                    [&mut left[pixels.clone()], &mut middle[pixels.clone()], &mut right[pixels]];
                 self.gather_three(isa, plane, y, ox, taps);
                 done += run;
-            }
-            if !count.is_multiple_of(nr) {
-                for row in 3 * three..3 * three + 3 {
-                    let rest = &mut packed[(count / nr * k + row) * nr + count % nr..];
-                    rest[..nr - count % nr].fill(0.0);
-                }
             }
         }
     }

@@ -5,11 +5,12 @@
 
 use rayon::prelude::*;
 
-use super::Cost;
+use super::conv1x1::planes_of;
 use super::resize::Bilinear;
-use crate::backend::cpu::gemm::{self, Epilogue, PackedWeights, Planes, Product};
+use super::{Act, Cost, activation};
+use crate::backend::cpu::gemm::{self, Epilogue, PackedWeights, Product};
 use crate::backend::cpu::scratch::with_scratch;
-use crate::backend::cpu::{Isa, View, ViewMut, planes};
+use crate::backend::cpu::{Isa, View, ViewMut};
 use crate::graph::{ParamId, Shape};
 
 /// Inputs t (N x C x h x w), x (N x in x H x W), ca (N x width x 1 x 1), sa (N x 1 x H x W);
@@ -65,62 +66,85 @@ impl MeuScores {
     }
 }
 
+/// Where sa comes from.
+#[derive(Clone, Copy)]
+pub enum Gate<'a> {
+    /// N x 1 x H x W.
+    Plane(View<'a>),
+    /// act(w x + b), taken from x in the same pass.
+    Convolution {
+        /// w, 1 x in.
+        weight: &'a [f32],
+        /// b, a single one.
+        bias: Option<&'a [f32]>,
+        /// Non-linearity.
+        act: Act,
+    },
+}
+
 impl MeuScores {
     /// ```text
     /// y = A diag(ca) (Wl x + bl) + b + sa * upsample(t)
     ///   = M x + m + sa * upsample(t),   M = A diag(ca) Wl,   m = A diag(ca) bl + b
     /// ```
-    /// M and m are composed per image, in f64: C x (in + 1) numbers.
+    /// M and m are composed per image, in f64: C x (in + 1) numbers. A gate that is a map of x is one
+    /// more row of them.
     pub fn forward(
         &self,
         isa: Isa,
         params: MeuScoresParams,
-        (t, x, ca, sa): (View, View, View, View),
+        (t, x, ca, gate): (View, View, View, Gate),
         y: ViewMut,
     ) {
         let (low, high) = (t.shape(), x.shape());
         let map = Bilinear::new((low.h, low.w), (high.h, high.w));
         let composed: Vec<(PackedWeights, Vec<f32>)> =
-            (0..high.n).map(|n| self.compose(params, ca, n)).collect();
-        // A task is an output row: its share of upsample(t) stays in cache as the residual.
-        (0..high.n * high.h).into_par_iter().for_each(|task| {
+            (0..high.n).map(|n| self.compose(params, ca, gate, n)).collect();
+        // Rows of products lie apart: a power of two between them would share few cache sets.
+        let (rows, pitch) = (self.classes + 1, high.w + 16);
+        // A task is a few output rows.
+        (0..high.n * high.h).into_par_iter().with_max_len(4).for_each(|task| {
             let (n, row) = (task / high.h, task % high.h);
-            let gate = &sa.plane(n, 0)[row * high.w..][..high.w];
+            let pixels = row * high.w..(row + 1) * high.w;
             let (weights, bias) = &composed[n];
-            with_scratch(self.classes * high.w + map.scratch_len(), |scratch| {
-                let (gated, scratch) = scratch.split_at_mut(self.classes * high.w);
-                for (c, out) in gated.chunks_exact_mut(high.w).enumerate() {
-                    map.row(isa, t.plane(n, c), row, scratch, out);
-                    planes::multiply(isa, gate, out);
-                }
-                let start = row * high.w;
-                let source = Planes {
-                    base: x.image(n).wrapping_add(start),
-                    k: high.c,
-                    stride: x.plane_stride(),
-                    pixels: high.plane() - start,
-                };
+            with_scratch(rows * pitch + map.scratch_len(), |scratch| {
+                let (products, scratch) = scratch.split_at_mut(rows * pitch);
                 let epilogue = Epilogue {
-                    out: y.image(n).wrapping_add(start),
-                    out_stride: y.plane_stride(),
                     bias: bias.as_ptr(),
-                    residual: gated.as_ptr(),
-                    residual_stride: high.w,
-                    relu: false,
+                    ..Epilogue::store(products.as_mut_ptr().wrapping_sub(pixels.start), pitch)
                 };
-                // One task per row.
-                unsafe {
-                    gemm::multiply(isa, &source, 0..high.w, Product { weights, epilogue }, None)
+                let product = Product { weights, epilogue };
+                unsafe { gemm::multiply(isa, &planes_of(x, n), pixels.clone(), product, None) }
+                let (products, gate_row) = products.split_at_mut(self.classes * pitch);
+                let gate = match gate {
+                    Gate::Plane(sa) => &sa.plane(n, 0)[pixels.clone()],
+                    Gate::Convolution { act, .. } => {
+                        let gate = &mut gate_row[..high.w];
+                        activation::apply(act, gate);
+                        &*gate
+                    }
+                };
+                for (c, product) in products.chunks_exact(pitch).enumerate() {
+                    // One task per row.
+                    let y = unsafe { y.pixels_mut(n, c, pixels.clone()) };
+                    let gated = (gate, &product[..high.w]);
+                    map.row_gated(isa, (t.plane(n, c), row), scratch, gated, y);
                 }
             });
         });
     }
 
-    /// M, packed, and m, for image n.
-    fn compose(&self, params: MeuScoresParams, ca: View, n: usize) -> (PackedWeights, Vec<f32>) {
+    /// M, packed, and m, for image n, with the gate's row behind.
+    fn compose(
+        &self,
+        params: MeuScoresParams,
+        ca: View,
+        gate: Gate,
+        n: usize,
+    ) -> (PackedWeights, Vec<f32>) {
         let inputs = self.in_channels;
-        let mut matrix = Vec::with_capacity(self.classes * inputs);
-        let mut bias = Vec::with_capacity(self.classes);
+        let mut matrix = Vec::with_capacity((self.classes + 1) * inputs);
+        let mut bias = Vec::with_capacity(self.classes + 1);
         for (class, mix) in params.mix.chunks_exact(self.width).enumerate() {
             let gated: Vec<f64> =
                 (0..self.width).map(|o| f64::from(mix[o]) * f64::from(ca.plane(n, o)[0])).collect();
@@ -130,13 +154,18 @@ impl MeuScores {
             matrix.extend((0..inputs).map(|i| dot(&|o| params.low[o * inputs + i]) as f32));
             bias.push((dot(&|o| params.low_bias[o]) + f64::from(params.bias[class])) as f32);
         }
-        (PackedWeights::new(&matrix, self.classes, inputs), bias)
+        if let Gate::Convolution { weight, bias: gate_bias, .. } = gate {
+            matrix.extend_from_slice(weight);
+            bias.push(gate_bias.map_or(0.0, |b| b[0]));
+        }
+        (PackedWeights::new(&matrix, bias.len(), inputs), bias)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::conv1x1;
     use crate::ops::resize::tests::naive_resize;
     use crate::ops::testing::*;
 
@@ -194,10 +223,30 @@ mod tests {
             everywhere(|isa, layout, label| {
                 let [t, x, ca, sa] = [0, 1, 2, 3].map(|i| Buffer::new(&inputs[i], layout));
                 let mut y = Buffer::unwritten(expected.shape, layout);
-                let operands = (t.view(), x.view(), ca.view(), sa.view());
+                let operands = (t.view(), x.view(), ca.view(), Gate::Plane(sa.view()));
                 let params = MeuScoresParams { mix, low, low_bias, bias };
                 op.forward(isa, params, operands, y.view_mut());
                 assert_close(&format!("{classes}, {label}"), &y.read(), &expected, FORWARD);
+                // The gate from x: as if it had come as a plane.
+                for act in [Act::None, Act::Relu, Act::Sigmoid] {
+                    let (weight, bias) = (&low[..inp], &bias[..1]);
+                    let mut plane = Buffer::unwritten(inputs[3].shape, layout);
+                    conv1x1::forward(
+                        isa,
+                        x.view(),
+                        weight,
+                        Some(bias),
+                        None,
+                        act,
+                        plane.view_mut(),
+                    );
+                    let plane = Gate::Plane(plane.view());
+                    op.forward(isa, params, (t.view(), x.view(), ca.view(), plane), y.view_mut());
+                    let expected = y.read();
+                    let gate = Gate::Convolution { weight, bias: Some(bias), act };
+                    op.forward(isa, params, (t.view(), x.view(), ca.view(), gate), y.view_mut());
+                    assert_close(&format!("{act:?}, {label}"), &y.read(), &expected, FORWARD);
+                }
             });
         }
     }

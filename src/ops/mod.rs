@@ -19,6 +19,7 @@ pub mod global_pool;
 pub mod meu_fuse;
 pub mod meu_scores;
 pub mod resize;
+pub mod row_by_row;
 pub mod subsample;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -36,11 +36,8 @@ impl Axis {
     }
 
     /// Stretches a row of `input` elements.
-    fn stretch(&self, isa: Isa, row: &[f32], out: &mut [f32]) {
+    fn stretch(&self, row: &[f32], out: &mut [f32]) {
         let row = &row[..self.input];
-        if out.len() == 2 * self.input {
-            return unsafe { isa.run(StretchTwofold { row, out }) };
-        }
         for (((y, &lo), &hi), &frac) in out.iter_mut().zip(&self.lo).zip(&self.hi).zip(&self.frac) {
             let a = row[lo as usize];
             *y = a + frac * (row[hi as usize] - a);
@@ -48,7 +45,10 @@ impl Axis {
     }
 
     /// Adds the transpose of [`Axis::stretch`].
-    fn shrink_transposed(&self, grad: &[f32], row: &mut [f32]) {
+    fn shrink_transposed(&self, isa: Isa, grad: &[f32], row: &mut [f32]) {
+        if grad.len() == 2 * self.input {
+            return unsafe { isa.run(ShrinkTwofold { grad, row: &mut row[..self.input] }) };
+        }
         for (((g, &lo), &hi), &frac) in grad.iter().zip(&self.lo).zip(&self.hi).zip(&self.frac) {
             row[lo as usize] += (1.0 - frac) * g;
             row[hi as usize] += frac * g;
@@ -56,41 +56,110 @@ impl Axis {
     }
 }
 
-/// The common case without index tables: between neighbours a and b lie a + (b - a) / 4 and
-/// a + 3 (b - a) / 4; `out` is twice as long as `row`.
-struct StretchTwofold<'a> {
-    row: &'a [f32],
+/// The common case without index tables, from the two rows to be blended to the output row, twice as
+/// long: a lies between a + (before - a) / 4 and a + (behind - a) / 4.
+struct RowTwofold<'a> {
+    rows: [&'a [f32]; 2],
+    /// Weight of the second row.
+    frac: f32,
+    /// Room for the blended row and what is beside it, [`Bilinear::scratch_len`].
+    scratch: &'a mut [f32],
+    /// What the row is multiplied with, and what is added then.
+    gated: Option<[&'a [f32]; 2]>,
     out: &'a mut [f32],
 }
 
-impl Kernel for StretchTwofold<'_> {
+impl Kernel for RowTwofold<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let (row, out) = (self.row, self.out);
-        let last = row.len() - 1;
-        out[0] = row[0];
-        out[2 * last + 1] = row[last];
-        let mut at = 0;
+        let RowTwofold { rows: [above, below], frac, scratch, gated, out } = self;
+        let len = above.len();
+        assert!(below.len() == len && out.len() == 2 * len && scratch.len() > LINE + len);
+        assert!(gated.is_none_or(|two| two.iter().all(|row| row.len() == 2 * len)));
         unsafe {
-            let (quarter, three_quarters) = (S::splat(0.25), S::splat(0.75));
-            while at < last && last >= S::LANES {
+            let frac = S::splat(frac);
+            for at in (0..len).step_by(S::LANES) {
+                let lanes = (len - at).min(S::LANES);
+                let a = S::load_up_to(above.as_ptr().add(at), lanes);
+                let difference = S::load_up_to(below.as_ptr().add(at), lanes).sub(a);
+                let blended = scratch.as_mut_ptr().add(LINE + at);
+                difference.mul_add(frac, a).store_up_to(blended, lanes);
+            }
+            // The ends are their own neighbours.
+            scratch[LINE - 1] = scratch[LINE];
+            scratch[LINE + len] = scratch[LINE + len - 1];
+            let finish = |v: S, at: usize| match gated {
+                Some([gate, add]) => {
+                    v.mul_add(S::load(gate.as_ptr().add(at)), S::load(add.as_ptr().add(at)))
+                }
+                None => v,
+            };
+            let quarter = S::splat(0.25);
+            let mut at = 0;
+            while at < len && len >= S::LANES {
                 // The last vector may do again what the one before it did.
-                at = at.min(last - S::LANES);
-                let a = S::load(row.as_ptr().add(at));
-                let step = S::load(row.as_ptr().add(at + 1)).sub(a);
-                let (near, far) = (step.mul_add(quarter, a), step.mul_add(three_quarters, a));
-                let (first, second) = near.interleave(far);
-                first.store(out.as_mut_ptr().add(2 * at + 1));
-                second.store(out.as_mut_ptr().add(2 * at + 1 + S::LANES));
+                at = at.min(len - S::LANES);
+                let p = scratch.as_ptr().add(LINE - 1 + at);
+                let (before, a, behind) = (S::load(p), S::load(p.add(1)), S::load(p.add(2)));
+                let even = before.sub(a).mul_add(quarter, a);
+                let odd = behind.sub(a).mul_add(quarter, a);
+                let (first, second) = even.interleave(odd);
+                finish(first, 2 * at).store(out.as_mut_ptr().add(2 * at));
+                let next = 2 * at + S::LANES;
+                finish(second, next).store(out.as_mut_ptr().add(next));
                 at += S::LANES;
             }
-        }
-        for (pair, out) in row[at..].windows(2).zip(out[2 * at + 1..].chunks_exact_mut(2)) {
-            out[0] = pair[0] + 0.25 * (pair[1] - pair[0]);
-            out[1] = pair[0] + 0.75 * (pair[1] - pair[0]);
+            for at in 2 * at..out.len() {
+                let (a, other) =
+                    (scratch[LINE + at / 2], scratch[LINE - 1 + at / 2 + 2 * (at % 2)]);
+                let v = a + 0.25 * (other - a);
+                out[at] = gated.map_or(v, |[gate, add]| v * gate[at] + add[at]);
+            }
         }
     }
 }
+
+/// The transpose of [`RowTwofold`]'s second half, added to `row`: three quarters of the two elements that lie
+/// around one, a quarter of the next two.
+struct ShrinkTwofold<'a> {
+    grad: &'a [f32],
+    row: &'a mut [f32],
+}
+
+impl Kernel for ShrinkTwofold<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (grad, row) = (self.grad, self.row);
+        let last = row.len() - 1;
+        let one = |at: usize| {
+            // The ends are their own neighbours.
+            let before = if at == 0 { grad[0] } else { grad[2 * at - 1] };
+            let behind = if at == last { grad[2 * last + 1] } else { grad[2 * at + 2] };
+            0.75 * (grad[2 * at] + grad[2 * at + 1]) + 0.25 * (before + behind)
+        };
+        row[0] += one(0);
+        let mut at = 1;
+        while at + S::LANES <= last {
+            unsafe {
+                let g = grad.as_ptr().add(2 * at);
+                let pair = |p: *const f32| (S::load(p), S::load(p.add(S::LANES)));
+                let ((a, b), (c, d), (e, f)) = (pair(g), pair(g.sub(1)), pair(g.add(2)));
+                let (even, odd) = a.deinterleave(b);
+                let next = c.deinterleave(d).0.add(e.deinterleave(f).0);
+                let out = row.as_mut_ptr().add(at);
+                let sum = even.add(odd).mul_add(S::splat(0.75), S::load(out));
+                next.mul_add(S::splat(0.25), sum).store(out);
+            }
+            at += S::LANES;
+        }
+        for (at, out) in row.iter_mut().enumerate().skip(at) {
+            *out += one(at);
+        }
+    }
+}
+
+/// Elements of a cache line.
+const LINE: usize = 16;
 
 /// Bilinear map from planes of one size to planes of another.
 #[derive(Debug, Clone)]
@@ -107,18 +176,48 @@ impl Bilinear {
 
     /// Elements of scratch that [`Bilinear::row`] and [`Bilinear::transpose_row`] need.
     pub fn scratch_len(&self) -> usize {
-        self.columns.input
+        LINE + self.columns.input + 1
     }
 
     /// Output row `y` of a plane: `plane` is input height x width, `out` one row of the output's width.
     pub fn row(&self, isa: Isa, plane: &[f32], y: usize, scratch: &mut [f32], out: &mut [f32]) {
+        self.row_then(isa, (plane, y), scratch, None, out);
+    }
+
+    /// The same, multiplied with `gate`, with `add` added.
+    pub fn row_gated(
+        &self,
+        isa: Isa,
+        (plane, y): (&[f32], usize),
+        scratch: &mut [f32],
+        (gate, add): (&[f32], &[f32]),
+        out: &mut [f32],
+    ) {
+        self.row_then(isa, (plane, y), scratch, Some([gate, add]), out);
+    }
+
+    fn row_then(
+        &self,
+        isa: Isa,
+        (plane, y): (&[f32], usize),
+        scratch: &mut [f32],
+        gated: Option<[&[f32]; 2]>,
+        out: &mut [f32],
+    ) {
         let w = self.columns.input;
         let (lo, hi) = (self.rows.lo[y] as usize, self.rows.hi[y] as usize);
-        let (above, below) = (&plane[lo * w..][..w], &plane[hi * w..][..w]);
+        let rows = [&plane[lo * w..][..w], &plane[hi * w..][..w]];
         let frac = self.rows.frac[y];
+        if out.len() == 2 * w {
+            return unsafe { isa.run(RowTwofold { rows, frac, scratch, gated, out }) };
+        }
         let blended = &mut scratch[..w];
-        planes::blend(isa, above, below, frac, blended);
-        self.columns.stretch(isa, blended, out);
+        planes::blend(isa, rows[0], rows[1], frac, blended);
+        self.columns.stretch(blended, out);
+        if let Some([gate, add]) = gated {
+            planes::multiply(isa, gate, out);
+            planes::add_scaled(isa, add, 1.0, out);
+        }
     }
 
     /// Adds the gradient of output row `y`, one row of the output's width, to the gradient of the
@@ -134,7 +233,7 @@ impl Bilinear {
         let w = self.columns.input;
         let blended = &mut scratch[..w];
         blended.fill(0.0);
-        self.columns.shrink_transposed(grad, blended);
+        self.columns.shrink_transposed(isa, grad, blended);
         let (lo, hi) = (self.rows.lo[y] as usize, self.rows.hi[y] as usize);
         let frac = self.rows.frac[y];
         planes::add_scaled(isa, blended, 1.0 - frac, &mut plane[lo * w..][..w]);
@@ -153,7 +252,7 @@ pub fn forward(isa: Isa, x: View, y: ViewMut) {
     let map = map_of(x.shape(), y.shape());
     let (channels, h, w) = (x.shape().c, y.shape().h, y.shape().w);
     let bands = h.div_ceil(BAND);
-    (0..x.shape().n * channels * bands).into_par_iter().for_each(|task| {
+    (0..x.shape().n * channels * bands).into_par_iter().with_max_len(1).for_each(|task| {
         let (n, c) = (task / bands / channels, task / bands % channels);
         let first = task % bands * BAND;
         let rows = BAND.min(h - first);

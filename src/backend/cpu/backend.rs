@@ -184,10 +184,13 @@ impl Backend for CpuBackend {
         let plane = tensor.shape.plane();
         // The backend is borrowed mutably: nothing else touches the arena.
         let view = unsafe { super::ViewMut::of(self.arena.base(), tensor) };
-        for (i, values) in data.chunks(plane).enumerate() {
-            let (n, c) = (i / tensor.shape.c, i % tensor.shape.c);
-            unsafe { view.plane_mut(n, c) }.copy_from_slice(values);
-        }
+        self.pool.install(|| {
+            data.par_chunks(plane).enumerate().for_each(|(i, values)| {
+                let (n, c) = (i / tensor.shape.c, i % tensor.shape.c);
+                // Every plane is written by one task.
+                unsafe { view.plane_mut(n, c) }.copy_from_slice(values);
+            });
+        });
         Ok(())
     }
 
@@ -213,9 +216,11 @@ impl Backend for CpuBackend {
         self.check_tensor(tensor, out.len())?;
         let plane = tensor.shape.plane();
         let view = unsafe { super::View::of(self.arena.base(), tensor) };
-        for (i, values) in out.chunks_mut(plane).enumerate() {
-            values.copy_from_slice(view.plane(i / tensor.shape.c, i % tensor.shape.c));
-        }
+        self.pool.install(|| {
+            out.par_chunks_mut(plane).enumerate().for_each(|(i, values)| {
+                values.copy_from_slice(view.plane(i / tensor.shape.c, i % tensor.shape.c));
+            });
+        });
         Ok(())
     }
 

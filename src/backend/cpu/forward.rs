@@ -4,13 +4,14 @@ use std::ops::Range;
 
 use super::backend::CpuBackend;
 use super::{View, ViewMut};
-use crate::graph::{ParamId, Plan, Step};
+use crate::graph::{ParamId, Plan, Step, Tensor};
 use crate::ops::batch_norm::{self, TrainingParams};
 use crate::ops::conv1x1::Pointwise;
-use crate::ops::meu_scores::MeuScoresParams;
+use crate::ops::meu_scores::{Gate, MeuScoresParams};
+use crate::ops::row_by_row::{self, Expand, Then};
 use crate::ops::{
-    BatchNorm, BnParams, Cascade, Conv1x1, Norm, Op, activation, add, channel_mean, concat,
-    conv1x1, global_pool, resize, subsample, weighted_pool,
+    BatchNorm, BnParams, Cascade, Conv1x1, MeuScores, Norm, Op, activation, add, channel_mean,
+    concat, conv1x1, global_pool, resize, subsample, weighted_pool,
 };
 
 /// A copy of a batch norm's running statistics, to be written back after the step: the flat
@@ -72,48 +73,116 @@ fn step(cpu: &mut CpuBackend, plan: &Plan, step: &Step) {
         Op::Resize => resize::forward(isa, input(0), output),
         Op::Subsample => subsample::forward(isa, input(0), output),
         Op::WeightedPool => weighted_pool::forward(isa, input(0), input(1), output),
-        Op::MeuScores(op) => {
-            let params = MeuScoresParams {
-                mix: param(op.mix),
-                low: param(op.low),
-                low_bias: param(op.low_bias),
-                bias: param(op.bias),
-            };
-            op.forward(isa, params, (input(0), input(1), input(2), input(3)), output);
-        }
+        // Run by [`scores`], with what computes its gate.
+        Op::MeuScores(_) => {}
     }
 }
 
-/// Runs steps of the forward pass; a joined one runs with the one before it.
+/// Runs steps of the forward pass; joined ones run with the one before them, and a gate with the scores
+/// that it is for.
 pub(super) fn run(cpu: &mut CpuBackend, plan: &Plan, range: Range<usize>) {
-    for index in range {
-        match &plan.steps[index..] {
-            [one, ..] if one.joined => {}
-            [first, second, ..] if second.joined => pair(cpu, plan, first, second),
-            [one, ..] => step(cpu, plan, one),
-            [] => {}
+    for index in range.filter(|&index| !plan.steps[index].joined) {
+        if scores_of(plan, index).is_some() {
+            continue;
+        }
+        let behind = plan.steps[index + 1..].iter().take_while(|step| step.joined).count();
+        let steps = &plan.steps[index..=index + behind];
+        match &steps[0].op {
+            Op::MeuScores(op) => scores(cpu, plan, index, op),
+            _ if behind > 0 && at_once(cpu, plan, steps) => {}
+            _ => steps.iter().for_each(|one| step(cpu, plan, one)),
         }
     }
 }
 
-/// Two 1x1 convolutions, the second of which reads what the first one writes, at once.
-fn pair(cpu: &mut CpuBackend, plan: &Plan, first: &Step, second: &Step) {
+/// The scores for which alone a step computes the gate, from what they read as well: one pass over it
+/// serves both, and the gate is not written.
+fn scores_of(plan: &Plan, index: usize) -> Option<usize> {
+    let gate = &plan.steps[index];
+    let (Op::Conv1x1(_), [x]) = (&gate.op, &gate.inputs[..]) else { return None };
+    if gate.output.shape.c != 1 {
+        return None;
+    }
+    let mut readers =
+        (index + 1..plan.steps.len()).filter(|&i| plan.steps[i].inputs.contains(&gate.output));
+    let reader = readers.next().filter(|_| readers.next().is_none())?;
+    let Step { op, inputs, .. } = &plan.steps[reader];
+    let fits = matches!(op, Op::MeuScores(_)) && inputs[1] == *x && inputs[3] == gate.output;
+    fits.then_some(reader)
+}
+
+fn scores(cpu: &mut CpuBackend, plan: &Plan, index: usize, op: &MeuScores) {
     let (isa, base) = (cpu.isa, cpu.arena.base());
-    let param = |id: ParamId| &cpu.params[plan.param(id)];
+    let step = &plan.steps[index];
+    let param = |id: ParamId| -> &[f32] { &cpu.params[plan.param(id)] };
+    let [t, x, ca, sa] = [0, 1, 2, 3].map(|i| unsafe { View::of(base, &step.inputs[i]) });
+    let gate = (0..index).find(|&gate| scores_of(plan, gate) == Some(index));
+    let gate = match gate.map(|gate| &plan.steps[gate].op) {
+        Some(Op::Conv1x1(conv)) => {
+            let (weight, bias) = (param(conv.weight), conv.bias.map(param));
+            Gate::Convolution { weight, bias, act: conv.act }
+        }
+        _ => Gate::Plane(sa),
+    };
+    let params = MeuScoresParams {
+        mix: param(op.mix),
+        low: param(op.low),
+        low_bias: param(op.low_bias),
+        bias: param(op.bias),
+    };
+    op.forward(isa, params, (t, x, ca, gate), unsafe { ViewMut::of(base, &step.output) });
+}
+
+/// Runs operators each of which reads what the one before it yields at once, where there is a way. What
+/// is in between is written only where a 1x1 convolution reads it from another, since others may.
+fn at_once(cpu: &mut CpuBackend, plan: &Plan, steps: &[Step]) -> bool {
+    let (isa, base) = (cpu.isa, cpu.arena.base());
+    let param = |id: ParamId| -> &[f32] { &cpu.params[plan.param(id)] };
+    let view = |tensor: &Tensor| unsafe { View::of(base, tensor) };
+    let view_mut = |tensor: &Tensor| unsafe { ViewMut::of(base, tensor) };
+    let x = view(&steps[0].inputs[0]);
     let pointwise = |step: &Step, op: &Conv1x1| Pointwise {
         weight: param(op.weight),
         bias: op.bias.map(param),
-        residual: step.inputs.get(1).map(|r| unsafe { View::of(base, r) }),
+        residual: step.inputs.get(1).map(view),
         act: op.act,
-        y: unsafe { ViewMut::of(base, &step.output) },
+        y: view_mut(&step.output),
     };
-    match (&first.op, &second.op) {
-        (Op::Conv1x1(a), Op::Conv1x1(b)) => {
-            let x = unsafe { View::of(base, &first.inputs[0]) };
-            conv1x1::forward_pair(isa, x, pointwise(first, a), pointwise(second, b));
-        }
-        _ => [first, second].into_iter().for_each(|one| step(cpu, plan, one)),
+    match steps {
+        [first, second] => match (&first.op, &second.op) {
+            (Op::Conv1x1(a), Op::Conv1x1(b)) => {
+                conv1x1::forward_pair(isa, x, pointwise(first, a), pointwise(second, b));
+                return true;
+            }
+            (Op::Subsample, Op::Conv1x1(op)) => {
+                conv1x1::forward_subsampled(isa, x, pointwise(second, op));
+                return true;
+            }
+            _ => {}
+        },
+        [_, _, _] => {}
+        _ => return false,
     }
+    let (Op::Conv1x1(expand), Op::Cascade(cascade)) = (&steps[0].op, &steps[1].op) else {
+        return false;
+    };
+    let then = match steps.get(2) {
+        None => Then::Store(view_mut(&steps[1].output)),
+        Some(last) => match &last.op {
+            Op::Conv1x1(op) => Then::Project(pointwise(last, op)),
+            _ => return false,
+        },
+    };
+    let Norm::Folded(biases) = &cascade.norm else { return false };
+    let suits = row_by_row::suits(cascade, x.shape().w);
+    if suits {
+        let weights: Vec<&[f32]> = cascade.weights.iter().map(|&w| param(w)).collect();
+        let biases: Vec<&[f32]> = biases.iter().map(|&b| param(b)).collect();
+        let (weight, bias) = (param(expand.weight), expand.bias.map(param));
+        let expand = Expand { weight, bias, act: expand.act };
+        row_by_row::forward(isa, x, expand, cascade, (&weights, &biases), then);
+    }
+    suits
 }
 
 fn batch_norm(

@@ -4,13 +4,12 @@
 //! ```
 //! for M x K weights and K planes of P pixels. [`multiply`] runs one product, or two back to back.
 //!
-//! Pixels are cut into tiles of [`TILE`]. A tile of X is packed into strips of NR pixels, each
-//! K x NR and contiguous, so that the inner loop reads memory in order whatever the plane
-//! stride. A strip stays in cache while all panels of MR rows of W pass over it (in L1 up to K =
-//! 128; the loop runs as fast from L2, read in order), and every store fills whole cache lines.
-//! Register block: MR = 6 rows x 2 vectors of AVX2 (12 accumulators, 2 pixels, 1 weight: 15 of 16
-//! registers), or x 4 of AVX-512 (29 of 32). 4 x 3 would need all 16, and the compiler spilled one:
-//! half the speed.
+//! Pixels are cut into tiles of [`TILE`]: whole cache lines of every plane. The inner loop reads a
+//! tile of X where it is; what is not in memory as planes is written down first, tile by tile
+//! ([`TileSource`]). A tile stays in cache while all panels of MR rows of W pass over it (in L1 up to
+//! K = 128; the loop runs as fast from L2). Register block: MR = 6 rows x 2 vectors of AVX2 (12
+//! accumulators, 2 pixels, 1 weight: 15 of 16 registers), or x 4 of AVX-512 (29 of 32). 4 x 3 would
+//! need all 16, and the compiler spilled one: half the speed.
 //!
 //! The `gemm` crate serves the weight gradients ([`dot_pixels`]), where there is no epilogue.
 
@@ -25,8 +24,11 @@ use crate::graph::Shape;
 
 /// Rows of a register block.
 pub const MR: usize = 6;
-/// Pixels of a tile; a multiple of NR on every instruction set.
+/// Pixels of a tile; a multiple of the register block's on every instruction set.
 pub const TILE: usize = 64;
+/// Elements from row to row of a tile that was written down: an odd number of cache lines, so that
+/// rows spread over all cache sets.
+const PITCH: usize = TILE + 16;
 
 /// Weights in panels of MR rows: `[panel][k][MR]`, missing rows zero.
 pub struct PackedWeights {
@@ -61,28 +63,33 @@ impl PackedWeights {
     }
 }
 
-/// Fills the packed tile: K rows of `TILE` pixels from pixel `start`, as strips of `nr`.
+/// The operand X of a product: K rows of pixels.
 pub trait TileSource: Sync {
-    /// Writes `packed[(strip * k + row) * nr ..][..nr]`; pixels past the end must be finite.
-    fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]);
+    /// Writes pixels `start .. start + count` of all rows, `pitch` elements from row to row.
+    fn pack(&self, isa: Isa, start: usize, count: usize, pitch: usize, packed: &mut [f32]);
 
     /// Where the rows of the tile at `start` lie, if the whole tile is in memory as it is.
     fn rows(&self, start: usize) -> Option<Rows> {
         let _ = start;
         None
     }
+
+    /// What will be read soon when the tile at `start` is worked on: two tiles further, since the next
+    /// one has been asked for already.
+    fn ahead(&self, start: usize) -> Option<Rows> {
+        self.rows(start + 2 * TILE)
+    }
 }
 
 /// Rows of a tile in memory.
 #[derive(Clone, Copy)]
 pub struct Rows {
-    base: *const f32,
-    count: usize,
-    stride: usize,
-}
-
-impl Rows {
-    const NONE: Rows = Rows { base: std::ptr::null(), count: 0, stride: 0 };
+    /// First row.
+    pub base: *const f32,
+    /// Number of rows.
+    pub count: usize,
+    /// Elements from row to row.
+    pub stride: usize,
 }
 
 /// K planes at a fixed stride.
@@ -101,50 +108,17 @@ pub struct Planes {
 unsafe impl Sync for Planes {}
 
 impl TileSource for Planes {
-    fn pack(&self, isa: Isa, start: usize, count: usize, nr: usize, packed: &mut [f32]) {
-        assert!(packed.len() >= count.div_ceil(nr) * nr * self.k);
-        let base = unsafe { self.base.add(start) };
-        unsafe {
-            isa.run(PackPlanes { planes: self, base, count, nr, packed: packed.as_mut_ptr() })
+    fn pack(&self, _: Isa, start: usize, count: usize, pitch: usize, packed: &mut [f32]) {
+        assert!(start + count <= self.pixels);
+        for (row, packed) in packed.chunks_mut(pitch).take(self.k).enumerate() {
+            let pixels = self.base.wrapping_add(row * self.stride + start);
+            unsafe { pixels.copy_to_nonoverlapping(packed[..count].as_mut_ptr(), count) }
         }
     }
 
     fn rows(&self, start: usize) -> Option<Rows> {
         let rows = Rows { base: self.base.wrapping_add(start), count: self.k, stride: self.stride };
         (start + TILE <= self.pixels).then_some(rows)
-    }
-}
-
-struct PackPlanes<'a> {
-    planes: &'a Planes,
-    base: *const f32,
-    count: usize,
-    nr: usize,
-    packed: *mut f32,
-}
-
-impl Kernel for PackPlanes<'_> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let (k, nr) = (self.planes.k, self.nr);
-        for row in 0..k {
-            unsafe {
-                let source = self.base.add(row * self.planes.stride);
-                let mut at = 0;
-                while at < self.count {
-                    let lanes = (self.count - at).min(S::LANES);
-                    let p = source.add(at);
-                    let v = S::load_up_to(p, lanes);
-                    v.store(self.packed.add((at / nr * k + row) * nr + at % nr));
-                    at += S::LANES;
-                }
-                // The rest of the last strip, where its vectors hold no pixel at all.
-                while at % nr != 0 {
-                    S::zero().store(self.packed.add((at / nr * k + row) * nr + at % nr));
-                    at += S::LANES;
-                }
-            }
-        }
     }
 }
 
@@ -169,6 +143,15 @@ unsafe impl Send for Epilogue {}
 unsafe impl Sync for Epilogue {}
 
 impl Epilogue {
+    /// The same for the pixels from `start` on.
+    pub fn at(self, start: usize) -> Self {
+        let residual = match self.residual.is_null() {
+            true => self.residual,
+            false => self.residual.wrapping_add(start),
+        };
+        Epilogue { out: self.out.wrapping_add(start), residual, ..self }
+    }
+
     /// Plain product into planes.
     pub fn store(out: *mut f32, out_stride: usize) -> Self {
         Epilogue {
@@ -205,37 +188,81 @@ pub unsafe fn multiply(
     first: Product,
     second: Option<Product>,
 ) {
-    let nr = match isa {
-        Isa::Avx512 => 64,
-        Isa::Avx2 | Isa::Portable => 16,
-    };
     let (k, m) = (first.weights.k, first.weights.m);
     assert!(second.is_none_or(|second| second.weights.k == m));
-    let between = if second.is_some() { m * TILE } else { 0 };
-    with_scratch(k * TILE + between, |scratch| {
-        let (packed, between) = scratch.split_at_mut(k * TILE);
-        let kept = if second.is_some() { between.as_mut_ptr() } else { std::ptr::null_mut() };
+    with_scratch(k * PITCH, |packed| {
         for start in range.clone().step_by(TILE) {
-            let count = TILE.min(range.end - start);
-            // The first panel of a whole tile packs it in passing.
-            let rows = source.rows(start).filter(|_| count == TILE);
-            if rows.is_none() {
-                source.pack(isa, start, count, nr, packed);
+            if range.end - start < TILE {
+                return unsafe { multiply_edge(isa, source, start..range.end, first, second) };
             }
-            // Two tiles ahead: the next one has been asked for already.
-            let ahead = source.rows(start + 2 * TILE);
-            let x = packed.as_mut_ptr();
-            let tile = TileKernel { product: &first, x, rows, start, count, kept, ahead };
-            unsafe { isa.run(tile) }
-            if let Some(second) = &second {
-                let nowhere = std::ptr::null_mut();
-                let (x, product) = (kept, second);
-                let tile =
-                    TileKernel { product, x, rows: None, kept: nowhere, ahead: None, ..tile };
-                unsafe { isa.run(tile) }
+            let x = source.rows(start).unwrap_or_else(|| {
+                source.pack(isa, start, TILE, PITCH, packed);
+                Rows { base: packed.as_ptr(), count: k, stride: PITCH }
+            });
+            let mut ahead = Ahead::new(source.ahead(start));
+            let (weights, epilogue) = (first.weights, first.epilogue.at(start));
+            unsafe { isa.run(TileKernel { weights, x, epilogue, ahead: &mut ahead }) }
+            if let Some(Product { weights, epilogue: second }) = second {
+                let x = Rows { base: epilogue.out, count: m, stride: epilogue.out_stride };
+                let epilogue = second.at(start);
+                unsafe { isa.run(TileKernel { weights, x, epilogue, ahead: &mut ahead }) }
             }
         }
     });
+}
+
+/// [`multiply`] for less than a tile: once per range at most, and out of the way of the others. Works
+/// on copies that are as wide as a tile, with zeros past the end.
+#[cold]
+unsafe fn multiply_edge(
+    isa: Isa,
+    source: &dyn TileSource,
+    pixels: Range<usize>,
+    first: Product,
+    second: Option<Product>,
+) {
+    let (k, m) = (first.weights.k, first.weights.m);
+    let last = second.map_or(0, |second| second.weights.m);
+    with_scratch((k + m + last) * PITCH, |scratch| {
+        scratch.fill(0.0);
+        let (x, rest) = scratch.split_at_mut(k * PITCH);
+        let (between, y) = rest.split_at_mut(m * PITCH);
+        source.pack(isa, pixels.start, pixels.len(), PITCH, x);
+        unsafe {
+            product_of_copy(isa, first, &pixels, x, between);
+            if let Some(second) = second {
+                product_of_copy(isa, second, &pixels, between, y);
+            }
+        }
+    });
+}
+
+/// One product of a copied operand, by way of `y`: M rows of [`PITCH`], zero.
+unsafe fn product_of_copy(
+    isa: Isa,
+    Product { weights, epilogue }: Product,
+    pixels: &Range<usize>,
+    x: &[f32],
+    y: &mut [f32],
+) {
+    let planes = epilogue.at(pixels.start);
+    let count = pixels.len();
+    let x = Rows { base: x.as_ptr(), count: weights.k, stride: PITCH };
+    let mut epilogue = Epilogue { out: y.as_mut_ptr(), out_stride: PITCH, ..planes };
+    unsafe {
+        if !planes.residual.is_null() {
+            for (row, y) in y.chunks_exact_mut(PITCH).enumerate() {
+                let residual = planes.residual.add(row * planes.residual_stride);
+                residual.copy_to_nonoverlapping(y.as_mut_ptr(), count);
+            }
+            (epilogue.residual, epilogue.residual_stride) = (epilogue.out, PITCH);
+        }
+        isa.run(TileKernel { weights, x, epilogue, ahead: &mut Ahead::new(None) });
+        for (row, y) in y.chunks_exact(PITCH).enumerate() {
+            let out = planes.out.add(row * planes.out_stride);
+            y.as_ptr().copy_to_nonoverlapping(out, count);
+        }
+    }
 }
 
 /// Hands out all pixels of all images of a shape in runs of whole tiles, to all threads: (image,
@@ -243,29 +270,52 @@ pub unsafe fn multiply(
 /// thread to get a few.
 pub fn for_runs(shape: Shape, work: impl Fn(usize, Range<usize>) + Sync) {
     const LONGEST: usize = 16;
-    let tiles = (shape.n * shape.plane()).div_ceil(4 * rayon::current_num_threads() * TILE);
+    let tiles = (shape.n * shape.plane()).div_ceil(16 * rayon::current_num_threads() * TILE);
     let run = tiles.clamp(1, LONGEST) * TILE;
     let runs = shape.plane().div_ceil(run);
-    (0..shape.n * runs).into_par_iter().for_each(|task| {
+    (0..shape.n * runs).into_par_iter().with_max_len(1).for_each(|task| {
         let (image, start) = (task / runs, task % runs * run);
         work(image, start..(start + run).min(shape.plane()));
     });
 }
 
+/// Rows of a later tile that are still to be asked for. A tile touches a few lines of every plane: too
+/// short a run for the processor to see it coming by itself.
 #[derive(Clone, Copy)]
+struct Ahead {
+    next: *const f32,
+    left: usize,
+    stride: usize,
+}
+
+impl Ahead {
+    fn new(rows: Option<Rows>) -> Self {
+        match rows {
+            Some(rows) => Ahead { next: rows.base, left: rows.count, stride: rows.stride },
+            None => Ahead { next: std::ptr::null(), left: 0, stride: 0 },
+        }
+    }
+
+    /// Asks for one more row.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd>(&mut self) {
+        if self.left > 0 {
+            for line in 0..TILE / 16 {
+                unsafe { S::prefetch(self.next.wrapping_add(16 * line)) }
+            }
+            self.next = self.next.wrapping_add(self.stride);
+            self.left -= 1;
+        }
+    }
+}
+
+/// A product over one tile.
 struct TileKernel<'a> {
-    product: &'a Product<'a>,
-    /// The packed tile.
-    x: *mut f32,
-    /// Where its rows are, if it has not been packed yet.
-    rows: Option<Rows>,
-    start: usize,
-    count: usize,
-    /// Where the result is kept as a packed tile as well, or null.
-    kept: *mut f32,
-    /// Rows of a later tile. A tile touches a few lines of every plane: too short a run for the
-    /// processor to see it coming by itself.
-    ahead: Option<Rows>,
+    weights: &'a PackedWeights,
+    x: Rows,
+    /// From the tile's first pixel on.
+    epilogue: Epilogue,
+    ahead: &'a mut Ahead,
 }
 
 impl Kernel for TileKernel<'_> {
@@ -278,215 +328,117 @@ impl Kernel for TileKernel<'_> {
 impl TileKernel<'_> {
     #[inline(always)]
     unsafe fn tile<S: Simd, const NV: usize>(self) {
-        let weights = self.product.weights;
-        let (m, k, nr) = (weights.m, weights.k, NV * S::LANES);
-        let (strips, panels) = (self.count.div_ceil(nr), m.div_ceil(MR));
-        for strip in 0..strips {
-            let first = strip * nr;
-            let pixels = Pixels { start: self.start + first, valid: (self.count - first).min(nr) };
-            for panel in 0..panels {
-                let row = panel * MR;
+        let PackedWeights { data, m, k } = self.weights;
+        let mut ahead = *self.ahead;
+        for strip in (0..TILE).step_by(NV * S::LANES) {
+            let x = Rows { base: self.x.base.wrapping_add(strip), ..self.x };
+            let epilogue = self.epilogue.at(strip);
+            for row in (0..*m).step_by(MR) {
                 unsafe {
-                    let ahead = self.share(strip * panels + panel, strips * panels);
-                    let w = weights.data.as_ptr().add(row * k);
-                    let x = self.x.add(first * k);
-                    let kept = if self.kept.is_null() {
-                        self.kept
-                    } else {
-                        self.kept.add(first * m + row * nr)
-                    };
-                    let unpacked = self.rows.filter(|_| panel == 0);
-                    let rows =
-                        unpacked.map(|rows| Rows { base: rows.base.wrapping_add(first), ..rows });
-                    let at = Block { w, x, rows, row, pixels, kept, ahead };
+                    let w = data.as_ptr().add(row * k);
                     match m - row {
-                        1 => self.block::<S, NV, 1>(at),
-                        2 => self.block::<S, NV, 2>(at),
-                        3 => self.block::<S, NV, 3>(at),
-                        4 => self.block::<S, NV, 4>(at),
-                        5 => self.block::<S, NV, 5>(at),
-                        _ => self.block::<S, NV, MR>(at),
+                        1 => block::<S, NV, 1>(w, x, &epilogue, row, &mut ahead),
+                        2 => block::<S, NV, 2>(w, x, &epilogue, row, &mut ahead),
+                        3 => block::<S, NV, 3>(w, x, &epilogue, row, &mut ahead),
+                        4 => block::<S, NV, 4>(w, x, &epilogue, row, &mut ahead),
+                        5 => block::<S, NV, 5>(w, x, &epilogue, row, &mut ahead),
+                        _ => block::<S, NV, MR>(w, x, &epilogue, row, &mut ahead),
                     }
                 }
             }
         }
+        *self.ahead = ahead;
     }
+}
 
-    /// The `part`-th of `parts` shares of a later tile's rows.
-    #[inline(always)]
-    fn share(&self, part: usize, parts: usize) -> Rows {
-        let Some(ahead) = self.ahead else { return Rows::NONE };
-        let first = part * ahead.count / parts;
-        let count = (part + 1) * ahead.count / parts - first;
-        Rows { base: ahead.base.wrapping_add(first * ahead.stride), count, ..ahead }
-    }
-
-    /// A register block of ROWS x NR: product, then residual, ReLU and store. The sums stay in
-    /// registers until they are stored: each question is asked once for all of them.
-    #[inline(always)]
-    unsafe fn block<S: Simd, const NV: usize, const ROWS: usize>(&self, at: Block) {
-        let Block { w, x, rows, row, pixels, kept, ahead } = at;
-        let (e, k) = (&self.product.epilogue, self.product.weights.k);
-        let out = e.out.wrapping_add(row * e.out_stride + pixels.start);
-        let residual = e.residual.wrapping_add(row * e.residual_stride + pixels.start);
-        unsafe {
-            for (i, j) in (0..ROWS).flat_map(|i| (0..NV).map(move |j| (i, j))) {
+/// A register block of ROWS x NV vectors: product, then residual, ReLU and store. The sums stay in
+/// registers until they are stored: each question is asked once for all of them.
+#[inline(always)]
+unsafe fn block<S: Simd, const NV: usize, const ROWS: usize>(
+    w: *const f32,
+    x: Rows,
+    e: &Epilogue,
+    row: usize,
+    ahead: &mut Ahead,
+) {
+    let out = e.out.wrapping_add(row * e.out_stride);
+    let residual = e.residual.wrapping_add(row * e.residual_stride);
+    unsafe {
+        for i in 0..ROWS {
+            for j in 0..NV {
                 S::prefetch_write(out.wrapping_add(i * e.out_stride + j * S::LANES));
             }
-            if !e.residual.is_null() {
-                for (i, j) in (0..ROWS).flat_map(|i| (0..NV).map(move |j| (i, j))) {
+        }
+        if !e.residual.is_null() {
+            for i in 0..ROWS {
+                for j in 0..NV {
                     S::prefetch(residual.wrapping_add(i * e.residual_stride + j * S::LANES));
                 }
             }
-            let bias = |i: usize| if e.bias.is_null() { 0.0 } else { *e.bias.add(row + i) };
-            let acc = std::array::from_fn(|i| [S::splat(bias(i)); NV]);
-            let mut acc = match rows {
-                // The first panel is a whole one if others follow; else nobody needs the packed tile.
-                Some(rows) if ROWS == MR => product::<S, NV, ROWS, true>(acc, w, rows, x, ahead),
-                Some(rows) => product::<S, NV, ROWS, false>(acc, w, rows, x, ahead),
-                None => {
-                    let rows = Rows { base: x, count: k, stride: NV * S::LANES };
-                    product::<S, NV, ROWS, false>(acc, w, rows, x, ahead)
-                }
-            };
-            if pixels.valid < NV * S::LANES {
-                let mut sums = [0.0; MR * TILE];
-                store(&acc, sums.as_mut_ptr(), NV * S::LANES);
-                self.finish_partial(&mut sums[..ROWS * NV * S::LANES], at);
-                return;
-            }
-            if !e.residual.is_null() {
-                for (i, sums) in acc.iter_mut().enumerate() {
-                    for (j, sum) in sums.iter_mut().enumerate() {
-                        *sum = sum.add(S::load(residual.add(i * e.residual_stride + j * S::LANES)));
-                    }
-                }
-            }
-            if e.relu {
-                for sums in acc.iter_mut() {
-                    for sum in sums {
-                        *sum = S::zero().max(*sum);
-                    }
-                }
-            }
-            store(&acc, out, e.out_stride);
-            if !kept.is_null() {
-                store(&acc, kept, NV * S::LANES);
+        }
+        let mut acc = [[S::zero(); NV]; ROWS];
+        if !e.bias.is_null() {
+            for (i, sums) in acc.iter_mut().enumerate() {
+                *sums = [S::splat(*e.bias.add(row + i)); NV];
             }
         }
-    }
-
-    /// The same for a strip that ends outside the range, from the sums of its rows: the last strip of
-    /// a range at most, and out of the way of the others.
-    #[inline(never)]
-    unsafe fn finish_partial(&self, sums: &mut [f32], at: Block) {
-        let Block { row, pixels, kept, .. } = at;
-        let e = &self.product.epilogue;
-        let rows = self.product.weights.m.min(row + MR) - row;
-        for (i, sums) in sums.chunks_exact_mut(sums.len() / rows).enumerate() {
-            let out = e.out.wrapping_add((row + i) * e.out_stride + pixels.start);
-            let residual = e.residual.wrapping_add((row + i) * e.residual_stride + pixels.start);
-            for (p, sum) in sums[..pixels.valid].iter_mut().enumerate() {
-                unsafe {
-                    if !e.residual.is_null() {
-                        *sum += *residual.add(p);
-                    }
-                    // Not f32::max, which drops a NaN.
-                    if e.relu && *sum <= 0.0 {
-                        *sum = 0.0;
-                    }
-                    *out.add(p) = *sum;
+        let mut acc = product(acc, w, x, ahead);
+        if !e.residual.is_null() {
+            for (i, sums) in acc.iter_mut().enumerate() {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    *sum = sum.add(S::load(residual.add(i * e.residual_stride + j * S::LANES)));
                 }
             }
-            if !kept.is_null() {
-                // Past the plane's end too: finite, and never looked at.
-                unsafe { kept.add(i * sums.len()).copy_from(sums.as_ptr(), sums.len()) }
+        }
+        if e.relu {
+            for sums in acc.iter_mut() {
+                for sum in sums {
+                    *sum = S::zero().max(*sum);
+                }
+            }
+        }
+        for (i, sums) in acc.iter().enumerate() {
+            for (j, sum) in sums.iter().enumerate() {
+                sum.store(out.add(i * e.out_stride + j * S::LANES));
             }
         }
     }
 }
 
-/// Writes the rows of a register block to memory.
+/// `acc[i][j] + sum over k of w[k][i] * x[k][j]`. Requests for a later tile in between, a row at a
+/// time: many at once would hold up the loads behind them.
 #[inline(always)]
-unsafe fn store<S: Simd, const NV: usize, const ROWS: usize>(
-    sums: &[[S; NV]; ROWS],
-    out: *mut f32,
-    stride: usize,
-) {
-    for (i, sums) in sums.iter().enumerate() {
-        for (j, sum) in sums.iter().enumerate() {
-            unsafe { sum.store(out.add(i * stride + j * S::LANES)) }
-        }
-    }
-}
-
-/// A register block's place.
-#[derive(Clone, Copy)]
-struct Block {
-    /// Its panel of weights.
-    w: *const f32,
-    /// Its strip of the packed tile.
-    x: *mut f32,
-    /// Where the strip's rows are, if they are yet to be packed.
-    rows: Option<Rows>,
-    /// First output row.
-    row: usize,
-    pixels: Pixels,
-    kept: *mut f32,
-    /// Rows to ask for meanwhile.
-    ahead: Rows,
-}
-
-/// Pixels of a strip: the first, and how many are inside the plane.
-#[derive(Clone, Copy)]
-struct Pixels {
-    start: usize,
-    valid: usize,
-}
-
-/// ROWS x NR register block: `acc[i][j] + sum over k of w[k][i] * x[k][j]`. With PACK the strip of x
-/// is packed for the panels to come: what the processor waits for is hidden behind the products.
-#[inline(always)]
-unsafe fn product<S: Simd, const NV: usize, const ROWS: usize, const PACK: bool>(
+unsafe fn product<S: Simd, const NV: usize, const ROWS: usize>(
     mut acc: [[S; NV]; ROWS],
     mut w: *const f32,
     rows: Rows,
-    mut packed: *mut f32,
-    ahead: Rows,
+    ahead: &mut Ahead,
 ) -> [[S; NV]; ROWS] {
+    /// Steps between requests.
+    const STEPS: usize = 4;
     let mut x = rows.base;
-    // Requests in between, a row at a time: many at once would hold up the loads behind them.
-    let (step, mut fetched) = (rows.count / (ahead.count + 1), ahead.base);
-    for turn in 0..=ahead.count {
-        let steps = if turn < ahead.count { step } else { rows.count - step * ahead.count };
-        for _ in 0..steps {
-            unsafe {
-                let mut columns = [S::zero(); NV];
-                for (j, c) in columns.iter_mut().enumerate() {
-                    *c = S::load(x.add(j * S::LANES));
-                    if PACK {
-                        c.store(packed.add(j * S::LANES));
-                    }
-                }
-                for (i, row) in acc.iter_mut().enumerate() {
-                    let weight = S::splat(*w.add(i));
-                    for (a, c) in row.iter_mut().zip(columns) {
-                        *a = weight.mul_add(c, *a);
-                    }
-                }
-                w = w.add(MR);
-                x = x.wrapping_add(rows.stride);
-                if PACK {
-                    packed = packed.add(NV * S::LANES);
-                }
+    let mut step = || unsafe {
+        let mut columns = [S::zero(); NV];
+        for (j, c) in columns.iter_mut().enumerate() {
+            *c = S::load(x.add(j * S::LANES));
+        }
+        for (i, row) in acc.iter_mut().enumerate() {
+            let weight = S::splat(*w.add(i));
+            for (a, c) in row.iter_mut().zip(columns) {
+                *a = weight.mul_add(c, *a);
             }
         }
-        if turn < ahead.count {
-            for line in 0..TILE / 16 {
-                unsafe { S::prefetch(fetched.wrapping_add(16 * line)) }
-            }
-            fetched = fetched.wrapping_add(ahead.stride);
+        w = w.add(MR);
+        x = x.wrapping_add(rows.stride);
+    };
+    for _ in 0..rows.count / STEPS {
+        unsafe { ahead.fetch::<S>() }
+        for _ in 0..STEPS {
+            step();
         }
+    }
+    for _ in 0..rows.count % STEPS {
+        step();
     }
     acc
 }

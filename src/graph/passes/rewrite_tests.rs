@@ -100,17 +100,27 @@ fn only_a_decoder_with_both_attentions_collapses() {
 fn pairs_are_a_projection_and_the_expansion_that_reads_it() {
     let join = Rewrites { join_pointwise: true, ..Rewrites::NONE };
     let (_, graph) = rewritten(&ModelConfig::default(), join);
+    let pointwise = |i: usize| matches!(graph.nodes[i].op, Op::Conv1x1(_));
     let pairs: Vec<(&str, &str)> = (1..graph.nodes.len())
-        .filter(|&i| graph.nodes[i].joined)
+        .filter(|&i| graph.nodes[i].joined && pointwise(i - 1) && pointwise(i))
         .map(|i| (&graph.nodes[i - 1].name[..], &graph.nodes[i].name[..]))
         .collect();
     // Blocks 0 to 2 of stage 2 and 0 to 8 of stage 3.
     assert_eq!(pairs.len(), 2 + 8);
     assert_eq!(pairs[0], ("stage2.0.project.conv", "stage2.1.expand.conv"));
     assert_eq!(pairs[9], ("stage3.7.project.conv", "stage3.8.expand.conv"));
+    // Stage 1's block is one step. With the other rewrites so are the parts of strided blocks.
+    assert_eq!(graph.nodes.iter().filter(|node| node.joined).count(), 10 + 2);
+    let (_, graph) = rewritten(&ModelConfig::default(), Rewrites::ALL);
+    let others: Vec<&str> =
+        graph.nodes.iter().filter(|node| node.joined).map(|node| &node.name[..]).collect();
+    assert_eq!(others.len(), 10 + 2 + 4);
+    for name in ["stage2.0.branches.fine", "stage3.0.expand.conv.coarse"] {
+        assert!(others.contains(&name), "{name}");
+    }
     let relu = ModelConfig { block_activation: BlockActivation::Relu, ..ModelConfig::default() };
     let (_, graph) = rewritten(&relu, join);
-    assert_eq!(graph.nodes.iter().filter(|node| node.joined).count(), 10);
+    assert_eq!(graph.nodes.iter().filter(|node| node.joined).count(), 10 + 2);
 }
 
 #[test]
