@@ -285,21 +285,22 @@ pub fn backward(isa: Isa, dy: View, dx: ViewMut, accumulate: bool) {
     });
 }
 
-/// Keeps the larger of two scores and its class; a tie keeps the class that was there.
+/// Keeps the larger of two scores and its class; a tie keeps the class that was there. Classes are kept as f32 as
+/// the scores are: elements of one width make vectors of one length.
 struct KeepLarger<'a> {
-    class: u8,
+    class: f32,
     candidate: &'a [f32],
     best: &'a mut [f32],
-    labels: &'a mut [u8],
+    classes: &'a mut [f32],
 }
 
 impl Kernel for KeepLarger<'_> {
     /// A plain loop: the compiler turns it into vectors of whatever instruction set it is for.
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        for ((label, best), &v) in self.labels.iter_mut().zip(self.best).zip(self.candidate) {
+        for ((class, best), &v) in self.classes.iter_mut().zip(self.best).zip(self.candidate) {
             let larger = v > *best;
-            *label = if larger { self.class } else { *label };
+            *class = if larger { self.class } else { *class };
             *best = if larger { v } else { *best };
         }
     }
@@ -313,14 +314,18 @@ pub fn argmax(isa: Isa, scores: View, out_h: usize, out_w: usize, labels: &mut [
     let map = Bilinear::new((shape.h, shape.w), (out_h, out_w));
     labels.par_chunks_mut(out_w).enumerate().for_each(|(i, labels)| {
         let (n, row) = (i / out_h, i % out_h);
-        with_scratch(map.scratch_len() + 2 * out_w, |scratch| {
+        with_scratch(map.scratch_len() + 3 * out_w, |scratch| {
             let (scratch, rest) = scratch.split_at_mut(map.scratch_len());
-            let (best, candidate) = rest.split_at_mut(out_w);
+            let (best, rest) = rest.split_at_mut(out_w);
+            let (classes, candidate) = rest.split_at_mut(out_w);
             map.row(isa, scores.plane(n, 0), row, scratch, best);
-            labels.fill(0);
+            classes.fill(0.0);
             for c in 1..shape.c {
                 map.row(isa, scores.plane(n, c), row, scratch, candidate);
-                unsafe { isa.run(KeepLarger { class: c as u8, candidate, best, labels }) }
+                unsafe { isa.run(KeepLarger { class: c as f32, candidate, best, classes }) }
+            }
+            for (label, class) in labels.iter_mut().zip(classes) {
+                *label = *class as u8;
             }
         });
     });
