@@ -57,7 +57,7 @@ impl Axis {
 }
 
 /// The common case without index tables, from the two rows to be blended to the output row, twice as
-/// long: a lies between a + (before - a) / 4 and a + (behind - a) / 4.
+/// long: a lies between before + 3 (a - before) / 4 and a + (behind - a) / 4, rounded as everywhere else.
 struct RowTwofold<'a> {
     rows: [&'a [f32]; 2],
     /// Weight of the second row.
@@ -94,14 +94,14 @@ impl Kernel for RowTwofold<'_> {
                 }
                 None => v,
             };
-            let quarter = S::splat(0.25);
+            let (quarter, three_quarters) = (S::splat(0.25), S::splat(0.75));
             let mut at = 0;
             while at < len && len >= S::LANES {
                 // The last vector may do again what the one before it did.
                 at = at.min(len - S::LANES);
                 let p = scratch.as_ptr().add(LINE - 1 + at);
                 let (before, a, behind) = (S::load(p), S::load(p.add(1)), S::load(p.add(2)));
-                let even = before.sub(a).mul_add(quarter, a);
+                let even = a.sub(before).mul_add(three_quarters, before);
                 let odd = behind.sub(a).mul_add(quarter, a);
                 let (first, second) = even.interleave(odd);
                 finish(first, 2 * at).store(out.as_mut_ptr().add(2 * at));
@@ -110,9 +110,10 @@ impl Kernel for RowTwofold<'_> {
                 at += S::LANES;
             }
             for at in 2 * at..out.len() {
-                let (a, other) =
-                    (scratch[LINE + at / 2], scratch[LINE - 1 + at / 2 + 2 * (at % 2)]);
-                let v = a + 0.25 * (other - a);
+                // The two that it lies between, and how far it is from the first.
+                let left = LINE - 1 + at / 2 + at % 2;
+                let share = if at % 2 == 0 { 0.75 } else { 0.25 };
+                let v = scratch[left] + share * (scratch[left + 1] - scratch[left]);
                 out[at] = gated.map_or(v, |[gate, add]| v * gate[at] + add[at]);
             }
         }
