@@ -5,11 +5,14 @@
 //! Passed over where the binary holds no kernels (built without nvcc). To run any command so, after these tests:
 //! `LD_LIBRARY_PATH=target/tmp/driver target/release/fpenet COMMAND --device cuda`.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
+use common::Run;
 use fpenet::{Model, ModelConfig};
 use image::{Rgb, RgbImage};
 
@@ -113,49 +116,18 @@ fn build(folder: &Path) {
     compile(&["-Wl,-rpath,$ORIGIN"], &[source("mistakes"), driver], &mistakes);
 }
 
-struct Run {
-    code: i32,
-    stdout: String,
-    stderr: String,
-}
-
-impl Run {
-    fn of(command: &mut Command) -> Self {
-        let output = command.output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        let (stdout, stderr) = (text(output.stdout), text(output.stderr));
-        Run { code: output.status.code().unwrap_or(-1), stdout, stderr }
-    }
-
-    #[track_caller]
-    fn succeeds(self) -> String {
-        assert_eq!(self.code, 0, "{}{}", self.stdout, self.stderr);
-        self.stdout
-    }
-
-    /// One line on standard error, no panic.
-    #[track_caller]
-    fn fails_with(self, parts: &[&str]) {
-        let Run { code, stdout, stderr } = self;
-        assert_eq!((code, stderr.lines().count()), (1, 1), "{stdout}{stderr}");
-        for part in parts {
-            assert!(stderr.contains(part), "{part} in {stderr}");
-        }
-    }
-}
-
 impl Libraries {
     /// fpenet with the stand-in for a driver; `settings` are FPENET_DRIVER_ or other variables.
     fn fpenet(&self, settings: &[(&str, &str)], args: &[&str]) -> Run {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fpenet"));
         command.env("LD_LIBRARY_PATH", &self.folder).env_remove("FPENET_CUDA_GRAPHS");
         command.env_remove("FPENET_VARIANTS").envs(settings.iter().copied()).args(args);
-        Run::of(&mut command)
+        Run::of(command.output().unwrap())
     }
 
     fn mistake(&self, order: &str, name: &str) -> Run {
         let program = self.folder.join("mistakes");
-        Run::of(Command::new(program).arg(name).env("FPENET_DRIVER_ORDER", order))
+        Run::of(Command::new(program).arg(name).env("FPENET_DRIVER_ORDER", order).output().unwrap())
     }
 }
 
@@ -217,7 +189,7 @@ fn references_pass_on_every_architecture_whose_kernels_are_here() {
         let run = libraries.fpenet(&[("FPENET_DRIVER_GPU", gpu)], &args);
         if run.code != 0 && gpu == "70" {
             // Without NVRTC 12.9 there are no kernels for it, and it is told so.
-            run.fails_with(&["is sm_70, the kernels in this binary need sm_", "--sm70"]);
+            run.fails(1, &["is sm_70, the kernels in this binary need sm_", "--sm70"]);
             continue;
         }
         let stdout = run.succeeds();
@@ -245,7 +217,8 @@ fn launches_at_real_sizes_keep_to_the_limits_of_every_card() {
             let args: Vec<&str> = line.split(' ').collect();
             libraries.fpenet(&settings, &args)
         };
-        let devices = fpenet("devices").succeeds();
+        let devices = fpenet("devices");
+        let devices = devices.succeeds();
         if !devices.contains("kernels for sm_") {
             assert!(gpu == "70" && devices.contains("need sm_"), "{devices}");
             continue;
@@ -255,7 +228,8 @@ fn launches_at_real_sizes_keep_to_the_limits_of_every_card() {
                 let size = if size.contains(' ') { size.into() } else { format!("--size {size}") };
                 let runs = "--iterations 2 --warmup 2";
                 let line = format!("bench --device cuda --precision {precision} {size} {runs}");
-                let stdout = fpenet(&line).succeeds();
+                let run = fpenet(&line);
+                let stdout = run.succeeds();
                 assert!(stdout.contains("(model)") && stdout.contains("data sheet"), "{stdout}");
             }
             let training = "bench --train --device cuda --size 480x360 --batch 8 --iterations 2";
@@ -264,7 +238,8 @@ fn launches_at_real_sizes_keep_to_the_limits_of_every_card() {
         let inference = "--device cuda --size 1024x512 --precision f16 --iterations 1";
         fpenet(&format!("bench {inference} --expanded bytes")).succeeds();
         fpenet(&format!("tune {inference}")).succeeds();
-        let stdout = fpenet(&format!("bench {inference} --warmup 1")).succeeds();
+        let run = fpenet(&format!("bench {inference} --warmup 1"));
+        let stdout = run.succeeds();
         assert!(stdout.contains("(cache)"), "{stdout}");
     }
 }
@@ -279,7 +254,8 @@ fn products_through_cublas_are_those_of_the_cpu() {
     let operators = ["selftest", "--device", "cuda", "--precision", "f16", "--seed", "1"];
     for args in [&reference[..], &operators] {
         let settings = [("FPENET_VARIANTS", "products=blas,pairs=separate")];
-        let stdout = libraries.fpenet(&settings, args).succeeds();
+        let run = libraries.fpenet(&settings, args);
+        let stdout = run.succeeds();
         assert!(stdout.contains("PASS: "), "{stdout}");
     }
 }
@@ -334,7 +310,8 @@ fn training_does_not_depend_on_when_the_gpu_does_its_work() {
         let mut args = vec!["train", "--data", data.to_str().unwrap()];
         args.extend(["--out", out.to_str().unwrap()]);
         args.extend(line.split(' '));
-        libraries.fpenet(&[("FPENET_DRIVER_ORDER", order)], &args).succeeds();
+        let run = libraries.fpenet(&[("FPENET_DRIVER_ORDER", order)], &args);
+        assert_eq!(run.code, 0, "{}", run.stderr);
         fs::read(out.join("last.safetensors")).unwrap()
     };
     let expected = run("late");
@@ -358,7 +335,8 @@ fn training_steps_wait_for_nothing() {
         let out = out.with_extension(precision);
         args.extend(["--out", out.to_str().unwrap()]);
         args.extend(line.split(' '));
-        libraries.fpenet(&settings, &args).succeeds();
+        let run = libraries.fpenet(&settings, &args);
+        assert_eq!(run.code, 0, "{}", run.stderr);
         let log = fs::read_to_string(&log).unwrap();
         let lines: Vec<&str> = log.lines().collect();
         // Each step ends in Adam's two launches.
@@ -384,7 +362,8 @@ fn a_warm_inference_is_one_graph_launch_and_reserves_nothing() {
     let network = ["--p", "1", "--q", "1", "--size", "32x32", "--precision", "f16"];
     let runs = ["--iterations", "5", "--warmup", "3"];
     let args = [&["bench", "--device", "cuda"], &network[..], &runs[..]].concat();
-    let stdout = libraries.fpenet(&settings, &args).succeeds();
+    let run = libraries.fpenet(&settings, &args);
+    let stdout = run.succeeds();
     assert!(stdout.contains("replayed as one CUDA graph"), "{stdout}");
     let log = fs::read_to_string(log).unwrap();
     let lines: Vec<&str> = log.lines().collect();
@@ -406,7 +385,7 @@ fn what_the_driver_reports_reaches_the_user_as_one_line() {
     let Some(libraries) = libraries() else { return };
     let check = ["check", "--reference", REFERENCE, "--device", "cuda"];
     let fails = |settings: &[(&str, &str)], parts: &[&str]| {
-        libraries.fpenet(settings, &check).fails_with(parts);
+        libraries.fpenet(settings, &check).fails(1, parts);
     };
     fails(&[("FPENET_DRIVER_CUDA", "12040")], &["supports CUDA 12.4", "PTX of CUDA", "update"]);
     fails(&[("FPENET_DRIVER_MEMORY", "500000")], &["out of memory", "bytes", "are free"]);
@@ -425,5 +404,5 @@ fn a_driver_without_cublas_is_told_apart() {
     fs::copy(libraries.folder.join("libcuda.so.1"), alone.path().join("libcuda.so.1")).unwrap();
     let alone = Libraries { folder: alone.path().to_path_buf() };
     let run = alone.fpenet(&[], &["check", "--reference", REFERENCE, "--device", "cuda"]);
-    run.fails_with(&["there is no cuBLAS", "pip install nvidia-cublas"]);
+    run.fails(1, &["there is no cuBLAS", "pip install nvidia-cublas"]);
 }

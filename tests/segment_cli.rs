@@ -1,8 +1,11 @@
 //! `fpenet segment` as a user runs it: what it writes, what it says, how it fails.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use common::Run;
 use fpenet::{Model, ModelConfig};
 use image::{GrayImage, Rgb, RgbImage};
 
@@ -42,43 +45,11 @@ impl Workplace {
         for arg in args {
             command.arg(arg);
         }
-        Run::of(&mut command)
+        Run::of(command.output().unwrap())
     }
 
     fn outputs(&self) -> Vec<String> {
         files_in(&self.at("out"))
-    }
-}
-
-struct Run {
-    code: i32,
-    stdout: String,
-    stderr: String,
-}
-
-impl Run {
-    fn of(command: &mut Command) -> Self {
-        let output = command.output().unwrap();
-        Run {
-            code: output.status.code().expect("not killed by a signal"),
-            stdout: String::from_utf8(output.stdout).unwrap(),
-            stderr: String::from_utf8(output.stderr).unwrap(),
-        }
-    }
-
-    /// Exit code and a single line on stderr that holds all of `words`.
-    fn fails(&self, code: i32, words: &[&str]) {
-        assert_eq!(self.code, code, "{}{}", self.stdout, self.stderr);
-        assert_eq!(self.stderr.lines().count(), 1, "{}", self.stderr);
-        for word in words {
-            assert!(self.stderr.contains(word), "{word}: {}", self.stderr);
-        }
-        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
-    }
-
-    fn succeeds(&self) {
-        assert_eq!(self.code, 0, "{}{}", self.stdout, self.stderr);
-        assert_eq!(self.stderr, "");
     }
 }
 
@@ -230,7 +201,7 @@ fn a_single_bad_input_is_one_line_and_leaves_nothing() {
     // Nor a folder above it.
     let mut command = Command::cargo_bin("fpenet").unwrap();
     command.current_dir(place.dir.path()).arg("segment").args(["--device", "cpu", "gone.png"]);
-    let run = Run::of(command.args(["--out", "deep/out"]));
+    let run = Run::of(command.args(["--out", "deep/out"]).output().unwrap());
     run.fails(1, &["gone.png"]);
     assert!(!place.at("deep").exists());
 }

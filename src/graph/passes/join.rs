@@ -13,8 +13,7 @@ pub(super) fn rewrite(mut graph: Graph) -> Graph {
         let (before, node) = (&graph.nodes[i - 1], &graph.nodes[i]);
         // Only the projection's result has other readers.
         let alone = consumers[i - 1].len() == 1;
-        let fits = suit(before, node, NodeId(i - 1), alone);
-        graph.nodes[i].joined = fits;
+        graph.nodes[i].joined = suit(before, node, NodeId(i - 1), alone);
     }
     graph
 }

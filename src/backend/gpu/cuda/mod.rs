@@ -184,6 +184,19 @@ impl CudaDevice {
         }
     }
 
+    /// Copies `len` bytes in, which `fill` writes into pinned memory part by part.
+    fn upload_by(
+        &mut self,
+        to: Place,
+        len: usize,
+        fill: impl Fn(Range<usize>, &mut [u8]),
+    ) -> Result<()> {
+        self.bind()?;
+        let address = self.address(to, len)?;
+        let copied = self.staging.upload(self.stream.cu_stream(), address, len, fill);
+        copied.map_err(|error| self.late(error))
+    }
+
     fn run(&mut self, commands: &[Command]) -> Result<()> {
         commands.iter().try_for_each(|command| match command {
             Command::Launch(launch) => self.launch(launch),
@@ -281,23 +294,14 @@ impl GpuDevice for CudaDevice {
     }
 
     fn upload(&mut self, to: Place, bytes: &[u8]) -> Result<()> {
-        self.bind()?;
-        let address = self.address(to, bytes.len())?;
-        let fill = |part: Range<usize>, host: &mut [u8]| host.copy_from_slice(&bytes[part]);
-        let copied = self.staging.upload(self.stream.cu_stream(), address, bytes.len(), fill);
-        copied.map_err(|error| self.late(error))
+        self.upload_by(to, bytes.len(), |part, host| host.copy_from_slice(&bytes[part]))
     }
 
     fn upload_half(&mut self, to: Place, values: &[f32]) -> Result<()> {
-        self.bind()?;
-        let len = 2 * values.len();
-        let address = self.address(to, len)?;
-        let fill = |part: Range<usize>, host: &mut [u8]| {
+        self.upload_by(to, 2 * values.len(), |part, host| {
             let host: &mut [f16] = bytemuck::cast_slice_mut(host);
             host.convert_from_f32_slice(&values[part.start / 2..part.end / 2]);
-        };
-        let copied = self.staging.upload(self.stream.cu_stream(), address, len, fill);
-        copied.map_err(|error| self.late(error))
+        })
     }
 
     fn download(&mut self, from: Place, bytes: &mut [u8]) -> Result<()> {
