@@ -31,11 +31,12 @@ import torch
 
 import engines
 import peers
+from checking import parse_size
 from comparing import (
     Engine, Fpenet, Size, Unavailable, Worker, bench, compare_outputs, cpu_name, interleave, make_model,
     summarise, table,
 )
-from fpenet_torch import Config, fold_batch_norm, parse_size, save_model
+from fpenet_torch import Config, fold_batch_norm, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ((768, 384), (1024, 512), (1536, 768))

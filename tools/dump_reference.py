@@ -31,9 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checking import parse_size
 from fpenet_torch import (
     BN_MOMENTUM, MEU, Config, ConvBN, FPEBlock, FPENet, add_config_arguments, config_from_arguments,
-    parameter_count, parse_size, save_model, save_tensors, tensors,
+    parameter_count, save_model, save_tensors, tensors,
 )
 
 VOID = 255

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpenet_torch import MEU, Config, ConvBN, FPEBlock, FPENet, Stage, load_model, parse_size
+from checking import parse_size
+from fpenet_torch import MEU, Config, ConvBN, FPEBlock, FPENet, Stage, load_model
 
 VOID = 255
 LOSS_SCALE = 2.0**10  # keeps rounded gradients out of the subnormals of f16, as loss scaling does

@@ -387,15 +387,6 @@ def config_from_arguments(arguments: argparse.Namespace) -> Config:
     return Config(**{field.name: getattr(arguments, field.name) for field in fields(Config)})
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """"WxH" -> (width, height)."""
-    try:
-        width, height = map(int, text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"size: expected WxH, found {text!r}") from None
-    return width, height
-
-
 def self_test() -> None:
     """Checks the published totals, every switch's output shape, folding and the file round trip."""
     import tempfile
