@@ -5,7 +5,8 @@
 # where a check failed.
 #
 #   tools/gpu-check.sh [--device cuda|emulated] [--binary FILE] [--out DIR] [--sizes "WxH ..."]
-#                      [--iterations N] [--data CAMVID] [--quick]
+#                      [--iterations N] [--data CAMVID] [--limit SECONDS] [--commit ID]
+#                      [--quick]
 #
 # Needs the built binary (the kernels are inside), tests/data and a shell; no compiler, no Python.
 #   --device      emulated runs the same on the CPU, to test this script (implies --quick)
@@ -14,12 +15,14 @@
 #   --sizes       of the speed measurement, default: the three of the paper's Table 7
 #   --data        also train on this CamVid folder, in both precisions: an epoch (--quick: a few
 #                 seconds of a small network)
+#   --commit      what is checked, where the copy of the tree has no git; default: git describe
+#   --limit       seconds that one check may take, default: 300
 #   --quick       small sizes (64x32 unless --sizes says otherwise): seconds on a GPU, to see that all of it runs
 set -uo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 device=cuda binary=$root/target/release/fpenet out=$root/benches/results
-sizes="" iterations="" data="" quick=""
+sizes="" iterations="" data="" quick="" limit=300 commit=""
 command_line="tools/gpu-check.sh $*"
 wrong() { echo "gpu-check: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
@@ -27,7 +30,7 @@ while [ $# -gt 0 ]; do
     case $option in
         -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
         --quick) quick=yes; shift ;;
-        --device | --binary | --out | --sizes | --iterations | --data)
+        --device | --binary | --out | --sizes | --iterations | --data | --limit | --commit)
             [ $# -ge 2 ] || wrong "$option needs a value (see --help)"
             printf -v "${option#--}" '%s' "$2"
             shift 2 ;;
@@ -57,6 +60,11 @@ print(os.path.dirname(hits[0]) if hits else "")' 2> /dev/null)
         export LD_LIBRARY_PATH=$found${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     fi
 fi
+
+# A kernel that never ends would hold the card and the rest of the checks.
+limited=()
+if command -v timeout > /dev/null; then limited=(timeout --kill-after=10 "$limit"); fi
+fpenet=("${limited[@]}" "$binary")
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -114,15 +122,15 @@ if [ "$device" = cuda ] && command -v nvidia-smi > /dev/null; then
     smi=$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit \
         --format=csv,noheader 2>&1 | head -n 1)
 fi
-commit=$(git -C "$root" describe --always --dirty 2> /dev/null || echo unknown)
+: "${commit:=$(git -C "$root" describe --always --dirty 2> /dev/null || echo unknown)}"
 
 for precision in f32 f16; do
     for model in "${folders[@]}"; do
         folder=$(dirname "$model")
         check "check $(basename "$folder") $precision" \
-            "$binary" check --reference "$folder" --device "$device" --precision $precision
+            "${fpenet[@]}" check --reference "$folder" --device "$device" --precision $precision
     done
-    check "selftest $precision" "$binary" selftest --device "$device" --precision $precision
+    check "selftest $precision" "${fpenet[@]}" selftest --device "$device" --precision $precision
 done
 
 # The same photo three times, copies and work overlapping: three times the same labels.
@@ -133,7 +141,7 @@ segment_thrice() {
     for copy in a b c; do
         cp "$root/assets/example/street.jpg" "$work/photos/$copy.jpg" || return 1
     done
-    "$binary" segment "$work/photos" --out "$results" --device "$device" --precision "$1" \
+    "${fpenet[@]}" segment "$work/photos" --out "$results" --device "$device" --precision "$1" \
         "${resized[@]}" || return 1
     cmp "$results/a.labels.png" "$results/b.labels.png" &&
         cmp "$results/a.labels.png" "$results/c.labels.png"
@@ -145,9 +153,9 @@ done
 # A small network, command by command: the tool names the kernel.
 if [ "$device" = cuda ] && command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck; do
-        check "compute-sanitizer $tool" env FPENET_CUDA_GRAPHS=0 compute-sanitizer --tool $tool \
-            --error-exitcode 1 "$binary" check --device cuda \
-            --reference "$root/tests/data/sigmoid_attention_one_branch"
+        check "compute-sanitizer $tool" env FPENET_CUDA_GRAPHS=0 "${limited[@]}" \
+            compute-sanitizer --tool $tool --error-exitcode 1 "$binary" check \
+            --device cuda --reference "$root/tests/data/sigmoid_attention_one_branch"
     done
     sanitizer=yes
 else
@@ -159,7 +167,7 @@ fi
 bench() {
     local name=$1
     shift
-    if check "$name" "$binary" bench --device "$device" "$@" --json "$work/one.json"; then
+    if check "$name" "${fpenet[@]}" bench --device "$device" "$@" --json "$work/one.json"; then
         [ -s "$work/bench.json" ] && echo , >> "$work/bench.json"
         cat "$work/one.json" >> "$work/bench.json"
     fi
@@ -187,7 +195,7 @@ if [ -n "$data" ]; then
         train=(--size 32x24 --batch 2 --p 1 --q 1 --val-split none --stop-after-minutes 0.2)
     fi
     for precision in f32 f16; do
-        check "train $precision" "$binary" train --data "$data" --out "$work/run-$precision" \
+        check "train $precision" "${fpenet[@]}" train --data "$data" --out "$work/run-$precision" \
             --device "$device" --precision $precision "${train[@]}"
     done
 fi
