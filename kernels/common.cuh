@@ -68,7 +68,14 @@ __device__ __forceinline__ void start_next() {
 }
 
 // max(v, 0) that lets NaN through, so that it shows.
-__device__ __forceinline__ float relu(float v) { return v < 0.0f ? 0.0f : v; }
+__device__ __forceinline__ float relu(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
+    return v;
+#else
+    return v < 0.0f ? 0.0f : v;
+#endif
+}
 
 __device__ __forceinline__ float activate(float v, int act) {
     if (act == ACT_RELU) return relu(v);

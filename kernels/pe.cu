@@ -4,14 +4,14 @@
 //   y = act1(W1 x + b1 + residual)     E = 4 C channels to C: the block's output, written
 //   z = act2(W2 y + b2)                C channels to E: what the next cascade reads
 //
-// A block of 256 threads makes P pixels of all channels, so that x is read once and y and z are
+// A block of 256 threads, or 512 of 64 x 64 outputs, makes P pixels of all channels, so that x is read once and y and z are
 // written once. Launch: grid (ceil(pixels / P), 1, N): launch::pair().
 // Bytes: (2 E + 2 C) per pixel in the tensors' storage, plus the weights, 2 C E per block out of
 // L2. FLOPs: 4 C E per pixel: 51 per byte in f16 at C = 64.
 //
 // f16, tensor cores: the tile of x (E x P) in shared memory is the second operand of the first
-// product as it lies there, since planes are its rows. Each of 8 warps makes C P / 2048 tiles of
-// 16 x 16. The sums go through shared memory (over x, which is spent), get bias and residual in
+// product as it lies there, since planes are its rows. Each warp makes one or
+// two tiles of 16 x 16; bias and residual are on their way meanwhile. The sums go through shared memory (over x, which is spent), get bias and residual in
 // f32, and are rounded to f16 once, for memory and as operand of the second product alike. Weights
 // come through L1, or are staged in shared memory first, where they fit.
 // Shared memory in KB, without / with staged weights:
@@ -28,12 +28,13 @@ template <int C, int P>
 __device__ __forceinline__ void pair_f16(const ProjectExpand<__half>& op, int staged) {
     DYNAMIC_SHARED(__half, shared);
     start_next();
-    if (staged) stage_pair_weights<C, P>(op.w1, op.w2, shared);
+    constexpr int THREADS = PAIR_THREADS<C, P>;
+    if (staged) stage_pair_weights<C, P, THREADS>(op.w1, op.w2, shared);
     wait_for_previous();
     if (staged) {
-        pair_tile<C, P, true>(op, blockIdx.x, blockIdx.z, shared);
+        pair_tile<C, P, true, THREADS>(op, blockIdx.x, blockIdx.z, shared);
     } else {
-        pair_tile<C, P, false>(op, blockIdx.x, blockIdx.z, shared);
+        pair_tile<C, P, false, THREADS>(op, blockIdx.x, blockIdx.z, shared);
     }
 }
 
@@ -75,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                       {r_batch, r_plane}, {y_batch, y_plane}, {z_batch, z_plane}}, staged);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(512, 1)
     pair_f16_c64_p64(const __half* x, const __half* w1, const float* b1, const __half* residual,
                      __half* y, const __half* w2, const float* b2, __half* z, int act1, int act2,
                      int pixels, int x_batch, int x_plane, int r_batch, int r_plane, int y_batch,

@@ -68,6 +68,11 @@ __device__ __forceinline__ void write_z(const Op& op, int c, Byte* to, const flo
     write_eight(to, v, op.z_inverses[c], all, count);
 }
 
+// Threads of a block by itself: twice as many where every one of them still has an eight of y, and the
+// warps' own sums room.
+template <int C, int P>
+constexpr int PAIR_THREADS = C == 64 && P == 64 ? 2 * TILE_THREADS : TILE_THREADS;
+
 // Where the halves of a tile are in shared memory: x, over it the sums, then y, then the weights
 // where they are staged.
 template <int C, int P, bool STAGED>
@@ -122,6 +127,29 @@ __device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>&
     const __half* residual =
         op.residual != nullptr ? op.residual + plane_at(image, op.rs.batch, 0, 0) : nullptr;
 
+    // What is added to the sums, on its way while the products are made.
+    constexpr int GROUPS = C * P / 8 / THREADS, ROUNDS = (E / 16 + WARPS - 1) / WARPS;
+    static_assert(C * P / 8 % THREADS == 0, "every thread has as many eights of y");
+    uint4 before[GROUPS] = {};
+    float shift1[GROUPS], shift2[ROUNDS][2];
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+        const int i = threadIdx.x + g * THREADS, c = i / (P / 8), p = i % (P / 8) * 8;
+        shift1[g] = op.b1 != nullptr ? op.b1[c] : 0.0f;
+        if (residual != nullptr && inside) {
+            before[g] = *reinterpret_cast<const uint4*>(
+                residual + static_cast<size_t>(c) * op.rs.plane + places.at(p));
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < ROUNDS; ++g) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int c = (g * WARPS + warp) * 16 + i * 8 + lane / 4;
+            shift2[g][i] = op.b2 != nullptr && c < E ? op.b2[c] : 0.0f;
+        }
+    }
+
     {
         const int row = warp % ROWS * 16, column = warp / ROWS * TILES * 16;
         Sums acc[TILES];
@@ -131,15 +159,24 @@ __device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>&
         store_sums(acc, sums + row * SUM_PITCH + column, SUM_PITCH);
         __syncthreads();
     }
-#pragma unroll 2
-    for (int i = threadIdx.x; i < C * P / 8; i += THREADS) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+        const int i = threadIdx.x + g * THREADS;
         const int c = i / (P / 8), p = i % (P / 8) * 8, count = places.count(p);
         const size_t at = places.at(p);
         float v[8];
         load_eight(sums + c * SUM_PITCH + p, v);
-        const __half* before = residual;
-        if (before != nullptr) before += static_cast<size_t>(c) * op.rs.plane + at;
-        finish_eight(v, op.b1 != nullptr ? op.b1[c] : 0.0f, before, op.act1, inside, count);
+        if (residual != nullptr) {
+            float r[8];
+            if (inside) {
+                widen_eight(before[g], r);
+            } else {
+                load_inside(residual + static_cast<size_t>(c) * op.rs.plane + at, r, count);
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) v[j] += r[j];
+        }
+        finish_eight<__half>(v, shift1[g], nullptr, op.act1, inside, count);
         write_eight(y + static_cast<size_t>(c) * op.ys.plane + at, v, inside, count);
         store_eight(ys + c * PITCH + p, v);
     }
@@ -147,7 +184,10 @@ __device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>&
     if (z == nullptr) return;
 
     float* own = sums + warp * 16 * WARP_PITCH;
-    for (int row = warp * 16; row < E; row += WARPS * 16) {
+#pragma unroll
+    for (int g = 0; g < ROUNDS; ++g) {
+        const int row = (g * WARPS + warp) * 16;
+        if (row >= E) break;
         FragmentA a[C / 16];
 #pragma unroll
         for (int k = 0; k < C / 16; ++k) {
@@ -168,13 +208,13 @@ __device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>&
             store_sums(acc, own, WARP_PITCH);
             __syncwarp();
 #pragma unroll
-            for (int i = lane; i < 64; i += 32) {
+            for (int half = 0; half < 2; ++half) {
+                const int i = half * 32 + lane;
                 const int c = row + i / 4, p = column + i % 4 * 8, count = places.count(p);
                 const size_t at = places.at(p);
                 float v[8];
                 load_eight(own + i / 4 * WARP_PITCH + i % 4 * 8, v);
-                const float shift = op.b2 != nullptr ? op.b2[c] : 0.0f;
-                finish_eight<__half>(v, shift, nullptr, op.act2, inside, count);
+                finish_eight<__half>(v, shift2[g][half], nullptr, op.act2, inside, count);
                 write_z(op, c, z + static_cast<size_t>(c) * op.zs.plane + at, v, z_inside, count);
             }
             __syncwarp();

@@ -14,12 +14,13 @@ template <int C, int P, typename X>
 __device__ __forceinline__ void pair_bytes(const ProjectExpand<__half, X, Byte>& op, int staged) {
     DYNAMIC_SHARED(__half, shared);
     start_next();
-    if (staged) stage_pair_weights<C, P>(op.w1, op.w2, shared);
+    constexpr int THREADS = PAIR_THREADS<C, P>;
+    if (staged) stage_pair_weights<C, P, THREADS>(op.w1, op.w2, shared);
     wait_for_previous();
     if (staged) {
-        pair_tile<C, P, true>(op, blockIdx.x, blockIdx.z, shared);
+        pair_tile<C, P, true, THREADS>(op, blockIdx.x, blockIdx.z, shared);
     } else {
-        pair_tile<C, P, false>(op, blockIdx.x, blockIdx.z, shared);
+        pair_tile<C, P, false, THREADS>(op, blockIdx.x, blockIdx.z, shared);
     }
 }
 
@@ -95,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                               {z_batch, z_plane}, x_scales, z_inverses}, staged);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(512, 1)
     pair_f16_c64_p64_to_u8(const __half* x, const __half* w1, const float* b1,
                            const __half* residual, __half* y, const __half* w2, const float* b2,
                            Byte* z, int act1, int act2, int pixels, int x_batch, int x_plane,
@@ -107,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                                 {z_batch, z_plane}, x_scales, z_inverses}, staged);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(512, 1)
     pair_f16_c64_p64_u8(const Byte* x, const __half* w1, const float* b1, const __half* residual,
                         __half* y, const __half* w2, const float* b2, Byte* z, int act1, int act2,
                         int pixels, int x_batch, int x_plane, int r_batch, int r_plane, int y_batch,

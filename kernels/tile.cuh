@@ -46,12 +46,15 @@ __device__ __forceinline__ float high_half(unsigned pair) {
 }
 
 // Eight neighbours in one access of 16 bytes.
-__device__ __forceinline__ void load_eight(const __half* from, float (&v)[8]) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+__device__ __forceinline__ void widen_eight(const uint4& bits, float (&v)[8]) {
     v[0] = low_half(bits.x), v[1] = high_half(bits.x);
     v[2] = low_half(bits.y), v[3] = high_half(bits.y);
     v[4] = low_half(bits.z), v[5] = high_half(bits.z);
     v[6] = low_half(bits.w), v[7] = high_half(bits.w);
+}
+
+__device__ __forceinline__ void load_eight(const __half* from, float (&v)[8]) {
+    widen_eight(*reinterpret_cast<const uint4*>(from), v);
 }
 
 __device__ __forceinline__ void store_eight(__half* to, const float (&v)[8]) {
@@ -118,6 +121,13 @@ __device__ __forceinline__ void stage_pixels(const __half* from, int plane_strid
     }
 }
 
+// Those of eight neighbours that are inside; zeros for the others.
+template <typename T>
+__device__ __forceinline__ void load_inside(const T* from, float (&v)[8], int count) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = i < count ? load(from + i) : 0.0f;
+}
+
 // v = act(v + bias + residual) for eight neighbours, of which `count` are inside.
 template <typename T>
 __device__ __forceinline__ void finish_eight(float (&v)[8], float shift, const T* residual,
@@ -127,8 +137,7 @@ __device__ __forceinline__ void finish_eight(float (&v)[8], float shift, const T
         if (aligned) {
             load_eight(residual, r);
         } else {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) r[i] = i < count ? load(residual + i) : 0.0f;
+            load_inside(residual, r, count);
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] += r[i];

@@ -26,7 +26,8 @@ use std::path::{Path, PathBuf};
 
 use fpenet::backend::cpu::CpuBackend;
 use fpenet::backend::gpu::emulated::{Emulated, Order};
-use fpenet::backend::gpu::{Arg, Buffer, GpuDevice, Launch, Variants};
+use fpenet::backend::gpu::launch::CascadeShape;
+use fpenet::backend::gpu::{Arg, Buffer, Element, GpuDevice, Launch, Variants};
 use fpenet::backend::{Backend, Precision};
 use fpenet::graph::{Mode, ParamRole, Plan, Shape, Tensor};
 use fpenet::ops::{
@@ -238,6 +239,38 @@ fn cascades_of_large_planes_agree_with_the_cpu() {
     let (op, params) = cascade(&[1, 2, 4, 8], 1, true, true);
     let case = Case::inference(op, &[Shape::new(1, 8, 75, 131)], params);
     check_half(&case, 32 * 1024);
+}
+
+#[test]
+fn cascades_fetched_ahead_agree_with_the_cpu() {
+    // Rows of whole vectors. Few chains take tiles of a few rows, less room smaller ones; tiles in place
+    // take another target.
+    for dilations in [&[1][..], &[2, 4], &[1, 2, 4, 8], &[6, 1, 16, 2]] {
+        for (size, addition) in [(2, true), (1, false)].map(|(n, add)| ((n, 33, 72), add)) {
+            for shared in [SHARED, 48 * 1024] {
+                let (op, params) = cascade(dilations, 1, addition, true);
+                let case = Case::inference(op, &[shape(size, 2 * dilations.len())], params);
+                check(&case, shared);
+                check_half(&case, shared);
+                let case = Case { in_place: true, ..case };
+                check(&case, shared);
+                check_half(&case, shared);
+            }
+        }
+    }
+    // A chain has tiles of its own, or is whole where there are enough of them.
+    let ahead = |planes| {
+        let dilations = &[1, 2, 4, 8];
+        let shape = CascadeShape {
+            dilations,
+            addition: true,
+            stride: 1,
+            input: (64, 128),
+            output: (64, 128),
+        };
+        shape.ahead_tiling(Element::F16, planes, 227 << 10).unwrap().tile_h
+    };
+    assert_eq!([ahead(64), ahead(96)], [32, 64]);
 }
 
 #[test]

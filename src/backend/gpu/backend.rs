@@ -505,7 +505,7 @@ fn check_no_bytes(plan: &Plan, element: Element) -> Result<()> {
         Element::F32 => Err(Error::Usage(F32_BYTES.into())),
         Element::F16 => Err(Error::Usage(
             "expanded=bytes: expected blocks of 32 or 64 channels with dilations of 1 or even, \
-             pairs=fused and cascade=stored, found none; use expanded=stored"
+             pairs=fused and cascade=stored or ahead, found none; use expanded=stored"
                 .into(),
         )),
     }

@@ -241,7 +241,7 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
     ("pairs", &["separate", "fused"]),
     ("pair_pixels", &["32", "64", "128"]),
     ("stage_weights", &["off", "on"]),
-    ("cascade", &["wide", "stored"]),
+    ("cascade", &["wide", "stored", "ahead"]),
     ("cascade_kb", &["0", "24", "48", "64", "96"]),
     ("decoder", &["separate", "grouped", "fused"]),
     ("stem", &["separate", "fused"]),

@@ -322,7 +322,7 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
             let before = if launch.args.get(1) == Some(&Arg::Null) { 0 } else { elements };
             (size * (input + before + elements), 0, 19 * elements)
         }
-        "cascade_forward" | "cascade_walk" => {
+        "cascade_forward" | "cascade_walk" | "cascade_ahead" => {
             let again = cascade_loads(step, launch).saturating_sub(read);
             let stored = if launch.kernel.ends_with("_u8") { 1 } else { size };
             (whole - in_bytes(group, launch, size), stored * again, 20 * output)
@@ -562,7 +562,7 @@ fn cascade_loads(step: &Step, launch: &Launch) -> usize {
         output: (y.h, y.w),
     };
     // After pointers, two or three settings, dilations, weights, biases and the region.
-    let first = if class(launch.kernel) == "cascade_walk" { 18 } else { 19 };
+    let first = if class(launch.kernel) == "cascade_forward" { 19 } else { 18 };
     let tile = (int(launch, first), int(launch, first + 1));
     shape.loaded(tile) * op.width() * x.n
 }

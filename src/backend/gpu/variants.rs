@@ -36,6 +36,9 @@ pub enum CascadePlanes {
     Wide,
     /// The tensors' own storage: with f16 tensors half the shared memory.
     Stored,
+    /// The same, the planes of all branches fetched before the first begins, where rows are whole
+    /// vectors and there is room (kernels/cascade_ahead.cu).
+    Ahead,
 }
 
 /// What the expanded tensor of a stride-1 block is stored in, between the kernel that makes a pair
@@ -139,7 +142,7 @@ impl Default for Variants {
             pairs: Pairs::Fused,
             pair_pixels: 64,
             stage_weights: true,
-            cascade: CascadePlanes::Stored,
+            cascade: CascadePlanes::Ahead,
             cascade_kb: 0,
             expanded: Expanded::Stored,
             rewrites: true,
@@ -210,8 +213,12 @@ impl Variants {
                 self.stage_weights = one_of(value, &SWITCH, "on or off")?;
             }
             "cascade" => {
-                let names = [("wide", CascadePlanes::Wide), ("stored", CascadePlanes::Stored)];
-                self.cascade = one_of(value, &names, "wide or stored")?;
+                let names = [
+                    ("wide", CascadePlanes::Wide),
+                    ("stored", CascadePlanes::Stored),
+                    ("ahead", CascadePlanes::Ahead),
+                ];
+                self.cascade = one_of(value, &names, "wide, stored or ahead")?;
             }
             "cascade_kb" => {
                 let kb = value.parse().ok().filter(|kb| *kb <= 1024);
@@ -274,6 +281,7 @@ impl std::fmt::Display for Variants {
         let cascade = match self.cascade {
             CascadePlanes::Wide => "wide",
             CascadePlanes::Stored => "stored",
+            CascadePlanes::Ahead => "ahead",
         };
         let expanded = match self.expanded {
             Expanded::Stored => "stored",

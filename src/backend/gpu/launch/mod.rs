@@ -294,6 +294,56 @@ impl CascadeShape<'_> {
             })
             .find(|tiling| possible && tiling.shared_bytes <= limit)
     }
+
+    /// The same for cascade_ahead.cu: tiles of whole rows, the largest that make enough blocks of
+    /// `planes` chains of all images. None as well for rows that are not whole vectors.
+    pub fn ahead_tiling(
+        &self,
+        element: Element,
+        planes: usize,
+        limit: usize,
+    ) -> Option<CascadeTiling> {
+        const ENOUGH: usize = 96;
+        const LEAST_ROWS: usize = 8;
+        let taps_in_pairs = |d: &usize| *d == 1 || d.is_multiple_of(2);
+        let wide = VECTOR_BYTES / element.size();
+        let (h, w) = self.output;
+        let whole_vectors = w.is_multiple_of(wide);
+        if self.stride != 1 || !whole_vectors || !self.dilations.iter().all(taps_in_pairs) {
+            return None;
+        }
+        let largest = self.dilations.iter().copied().max().unwrap_or(0);
+        let halo = if self.addition { self.dilations.iter().sum() } else { largest };
+        let pitch = w + 2 * largest.next_multiple_of(wide);
+        let tiling = |tile_h: usize| {
+            let rows = (tile_h + 2 * halo).min(h);
+            let elements = (self.dilations.len() * rows + 1) * pitch;
+            let shared_bytes = element.size() * elements;
+            CascadeTiling { tile_h, tile_w: w, region: rows * pitch, shared_bytes }
+        };
+        let halves =
+            std::iter::successors(Some(h), |rows| (*rows > LEAST_ROWS).then(|| rows.div_ceil(2)));
+        let fits = |tiling: &CascadeTiling| tiling.shared_bytes + FIXED_SHARED <= limit;
+        let enough = |tiling: &CascadeTiling| h.div_ceil(tiling.tile_h) * planes >= ENOUGH;
+        let fitting = halves.map(tiling).filter(fits);
+        fitting.clone().find(enough).or_else(|| fitting.last())
+    }
+}
+
+/// Bytes that cascade_ahead.cu moves at once.
+const VECTOR_BYTES: usize = 16;
+/// Shared memory of kernels beside what a launch asks for, at most.
+const FIXED_SHARED: usize = 256;
+
+/// cascade_ahead.cu, all branches in one launch: a block per tile, chain and image.
+pub fn cascade_ahead(
+    kernel: &'static str,
+    tiling: CascadeTiling,
+    output: Shape,
+    chains: usize,
+    args: Vec<Arg>,
+) -> Launch {
+    Launch { block: [512, 1, 1], ..cascade_forward(kernel, tiling, output, chains, args) }
 }
 
 /// cascade_walk.cu, all branches in one launch: a block per tile, chain and image.
@@ -379,6 +429,8 @@ pub struct PairTiling {
     pub kernel: &'static str,
     /// Pixels of a block.
     pub pixels: usize,
+    /// Threads of a block: PAIR_THREADS of pe.cuh.
+    pub threads: u32,
     /// Whether weights are in shared memory.
     pub staged: bool,
     /// Dynamic shared memory.
@@ -409,11 +461,12 @@ pub fn pair_tiling(
             let weights = 2 * (width * (expanded + 8) + expanded * (width + 8));
             let staged = stage_weights && activations + weights <= limit;
             let shared_bytes = activations + if staged { weights } else { 0 };
-            PairTiling { kernel, pixels, staged, shared_bytes }
+            let threads = if (width, pixels) == (64, 64) { 2 * THREADS } else { THREADS };
+            PairTiling { kernel, pixels, threads, staged, shared_bytes }
         }
         Element::F32 => {
             let shared_bytes = 4 * (width + 2 * 16) * (pixels + 4);
-            PairTiling { kernel, pixels, staged: false, shared_bytes }
+            PairTiling { kernel, pixels, threads: THREADS, staged: false, shared_bytes }
         }
     };
     let all = match element {
@@ -443,7 +496,7 @@ pub fn pair(tiling: PairTiling, output: Shape, args: Vec<Arg>) -> Launch {
     let grid = grid(output.plane().div_ceil(tiling.pixels), 1, output.n);
     Launch {
         shared_bytes: tiling.shared_bytes as u32,
-        ..launch(tiling.kernel, grid, [THREADS, 1, 1], args)
+        ..launch(tiling.kernel, grid, [tiling.threads, 1, 1], args)
     }
 }
 

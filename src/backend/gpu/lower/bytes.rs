@@ -71,7 +71,7 @@ pub(super) fn left_by_expansion(low: &Lowering, steps: &[Step]) -> Option<ParamI
     let (Op::Conv1x1(conv), Op::Cascade(op)) = (&expansion.op, &cascade.op) else { return None };
     let z = &expansion.output;
     let wanted = low.variants.expanded == Expanded::Bytes
-        && low.variants.cascade == CascadePlanes::Stored
+        && low.variants.cascade != CascadePlanes::Wide
         && low.variants.pairs == Pairs::Fused
         && low.element == Element::F16
         && low.plan.mode != Mode::Training;

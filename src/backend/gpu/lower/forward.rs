@@ -4,7 +4,7 @@ use super::products::{self, dense_like};
 use super::{Lowering, Typed, act_code, args, scores};
 use crate::backend::gpu::device::{Buffer, Place};
 use crate::backend::gpu::launch::{self, Arg, CascadeShape, CascadeTiling};
-use crate::backend::gpu::variants::CascadePlanes;
+use crate::backend::gpu::variants::{CascadePlanes, Stage3};
 use crate::graph::{ParamId, Shape, Step, Tensor};
 use crate::ops::batch_norm::{EPS, MOMENTUM};
 use crate::ops::{Act, BnParams, Cascade, Conv3x3, Norm, Op};
@@ -326,15 +326,34 @@ pub(super) fn walk_args(
     args
 }
 
+/// Whether a tensor's planes begin at whole vectors of 16 bytes.
+fn in_vectors(low: &Lowering, tensor: &Tensor) -> bool {
+    let wide = 16 / low.element.size();
+    [tensor.offset, tensor.batch_stride, tensor.plane_stride]
+        .iter()
+        .all(|at| at.is_multiple_of(wide))
+}
+
 /// Folded cascade: all branches in one launch where a tile fits into shared memory, else branch by
 /// branch.
 fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: &Tensor) {
-    let walk = match low.variants.cascade {
-        CascadePlanes::Stored => walk_tiling(low, op, x, y),
-        CascadePlanes::Wide => None,
-    };
     let shape = cascade_shape(op, x, y);
-    let tiling = walk.or_else(|| shape.tiling(low.cascade_limit()));
+    let walk = match low.variants.cascade {
+        CascadePlanes::Wide => None,
+        _ => walk_tiling(low, op, x, y),
+    };
+    let ahead = match low.variants.cascade {
+        // stage_blocks.cu has the walk.
+        CascadePlanes::Ahead
+            if low.variants.stage3 == Stage3::Separate
+                && in_vectors(low, x)
+                && in_vectors(low, y) =>
+        {
+            shape.ahead_tiling(low.element, op.width() * x.shape.n, low.cascade_limit())
+        }
+        _ => None,
+    };
+    let tiling = ahead.or(walk).or_else(|| shape.tiling(low.cascade_limit()));
     let whole = tiling.is_some_and(|t| (t.tile_h, t.tile_w) == shape.output);
     // Blocks that share a plane would overwrite what a neighbour's halo still needs.
     let mut target = low.at(y);
@@ -355,12 +374,17 @@ fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: 
     } else {
         (low.at(x), *x)
     };
-    if let Some(tiling) = walk {
+    if let Some(tiling) = ahead.or(walk) {
         let planes = |at: Place, tensor: &Tensor| Planes { at, ..Planes::of(low, tensor) };
         let planes = [planes(source.0, &source.1), planes(target, y)];
         let args = walk_args(low, op, biases, tiling, x.shape, planes);
-        let name = low.name(Typed { f32: "cascade_walk_f32", f16: "cascade_walk_f16" });
-        low.launch(launch::cascade_walk(name, tiling, y.shape, op.width(), args));
+        if ahead.is_some() {
+            let name = low.name(Typed { f32: "cascade_ahead_f32", f16: "cascade_ahead_f16" });
+            low.launch(launch::cascade_ahead(name, tiling, y.shape, op.width(), args));
+        } else {
+            let name = low.name(Typed { f32: "cascade_walk_f32", f16: "cascade_walk_f16" });
+            low.launch(launch::cascade_walk(name, tiling, y.shape, op.width(), args));
+        }
         return;
     }
     match tiling {

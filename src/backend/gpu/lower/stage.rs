@@ -1,23 +1,26 @@
 //! Blocks of a stage in one cooperative launch (kernels/stage_blocks.cu).
 
 use super::{Lowering, Program, products};
+use crate::backend::gpu::device::Element;
 use crate::backend::gpu::launch::{self, Command, Launch, StagePart};
-use crate::backend::gpu::variants::{Pairs, Stage3};
+use crate::backend::gpu::variants::{Pairs, Products, Stage3};
 use crate::graph::{Mode, Step};
 use crate::ops::{Act, Op};
 
-/// A projection that nothing is expanded behind, as a part of such a launch: where a cascade that can be
-/// one comes right before it.
+/// A projection that nothing is expanded behind, by the kernel of the pairs: as a part of such a launch,
+/// where a cascade that can be one comes right before it, and of halves by itself as well, since that
+/// kernel has all of x on its way at once.
 pub(super) fn last_projection(low: &mut Lowering, step: &Step) -> bool {
-    let wanted = low.variants.stage3 == Stage3::Persistent
-        && low.variants.pairs == Pairs::Fused
-        && low.plan.mode != Mode::Training;
+    let possible = low.variants.pairs == Pairs::Fused && low.plan.mode != Mode::Training;
     let after_cascade = low.commands.last().is_some_and(|command| match command {
         Command::Launch(launch) => StagePart::of(launch) == Some(StagePart::Cascade),
         Command::Gemm(_) => false,
     });
+    let part = low.variants.stage3 == Stage3::Persistent && after_cascade;
+    let alone = low.variants.products == Products::Fused && low.element == Element::F16;
     let Op::Conv1x1(op) = &step.op else { return false };
-    wanted && after_cascade && op.act != Act::Sigmoid && products::projection(low, op, step)
+    let wanted = possible && (part || alone) && op.act != Act::Sigmoid;
+    wanted && products::projection(low, op, step)
 }
 
 /// Puts runs of launches into one each, where that is wanted and possible: the first one's step has it,
