@@ -60,22 +60,31 @@ template <typename T>
 __device__ __forceinline__ float sample_transposed(const T* RESTRICT dy,
                                                    const T* RESTRICT gate, int qy, int qx,
                                                    int in_h, int in_w, int out_h, int out_w) {
+    // Rows whose weights are at hand at once: all of them where the plane is at most doubled.
+    constexpr int AT_ONCE = 6;
     int y0, y1, x0, x1;
     readers(qy, in_h, out_h, &y0, &y1);
     readers(qx, in_w, out_w, &x0, &x1);
     float sum = 0.0f;
-    for (int x = x0; x <= x1; ++x) {
-        const float across = tap_weight(qx, x, in_w, out_w);
-        if (across == 0.0f) continue;
-        float column = 0.0f;
-        for (int y = y0; y <= y1; ++y) {
-            const float down = tap_weight(qy, y, in_h, out_h);
-            if (down == 0.0f) continue;
-            const size_t p = static_cast<size_t>(y) * out_w + x;
-            const float g = gate != nullptr ? load(dy + p) * load(gate + p) : load(dy + p);
-            column += down * g;
+    for (int first = y0; first <= y1; first += AT_ONCE) {
+        float down[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            down[j] = first + j <= y1 ? tap_weight(qy, first + j, in_h, out_h) : 0.0f;
         }
-        sum += across * column;
+        for (int x = x0; x <= x1; ++x) {
+            const float across = tap_weight(qx, x, in_w, out_w);
+            if (across == 0.0f) continue;
+            float column = 0.0f;
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+                if (down[j] == 0.0f) continue;
+                const size_t p = static_cast<size_t>(first + j) * out_w + x;
+                const float g = gate != nullptr ? load(dy + p) * load(gate + p) : load(dy + p);
+                column += down[j] * g;
+            }
+            sum += across * column;
+        }
     }
     return sum;
 }

@@ -145,9 +145,9 @@ __device__ __forceinline__ void depthwise_backward_data(const T* RESTRICT du,
 #pragma unroll
     for (int t = 0; t < 9; ++t) {
         const int y = iy - (t / 3 - 1) * dilation, x = ix - (t % 3 - 1) * dilation;
-        if (y < 0 || x < 0 || y % stride != 0 || x % stride != 0) continue;
-        const int oy = y / stride, ox = x / stride;
-        if (oy >= out_h || ox >= out_w) continue;
+        // The stride is 1 or 2: no divisions.
+        const int odd = stride - 1, oy = y >> odd, ox = x >> odd;
+        if (y < 0 || x < 0 || ((y | x) & odd) != 0 || oy >= out_h || ox >= out_w) continue;
         sum += weights[9 * chain + t] * load(du + static_cast<size_t>(oy) * out_w + ox);
     }
     store(ds + plane_at(blockIdx.z, ds_batch, chain, ds_plane) + static_cast<size_t>(iy) * in_w +

@@ -44,6 +44,7 @@ extern "C" __global__ void sum_partials_f32(const float* RESTRICT partial,
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= len) return;
     double sum = 0.0;
+#pragma unroll 8
     for (int part = 0; part < parts; ++part) sum += partial[static_cast<size_t>(part) * len + i];
     out[i] = static_cast<float>(sum);
 }

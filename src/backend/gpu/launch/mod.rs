@@ -422,6 +422,40 @@ pub fn conv1x1_vector(kernel: &'static str, output: Shape, args: Vec<Arg>) -> La
     launch(kernel, grid(output.c.div_ceil(warps), 1, output.n), [THREADS, 1, 1], args)
 }
 
+/// How conv1x1_backward.cu makes the gradient of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WeightTiling {
+    /// Entry point.
+    pub kernel: &'static str,
+    /// Blocks that the results take.
+    pub tiles: usize,
+    /// Pieces of an image, a partial result each.
+    pub pieces: usize,
+    /// Pixels of a piece.
+    pub piece: usize,
+}
+
+/// Tiles for `out` x `inputs` weights, and pieces of `n` images of so many pixels that make enough blocks.
+pub fn weight_tiling(out: usize, inputs: usize, pixels: usize, n: usize) -> WeightTiling {
+    const BLOCKS: usize = 4 * ENOUGH_BLOCKS;
+    const LEAST_PIXELS: usize = 256;
+    let (side, kernel) = match out.min(inputs) {
+        0..=16 => (16, "conv1x1_backward_weight_r16_f32"),
+        17..=32 => (32, "conv1x1_backward_weight_r32_f32"),
+        _ => (64, "conv1x1_backward_weight_r64_f32"),
+    };
+    let tiles = out.div_ceil(side) * inputs.div_ceil(side);
+    let wanted = BLOCKS.div_ceil(tiles * n).min(pixels.div_ceil(LEAST_PIXELS)).max(1);
+    // Whole steps of the kernel's 32 pixels.
+    let piece = pixels.div_ceil(wanted).next_multiple_of(32);
+    WeightTiling { kernel, tiles, pieces: pixels.div_ceil(piece), piece }
+}
+
+/// conv1x1_backward.cu: a block per tile of weights and piece of an image.
+pub fn conv1x1_backward_weight(tiling: WeightTiling, n: usize, args: Vec<Arg>) -> Launch {
+    launch(tiling.kernel, grid(tiling.tiles, tiling.pieces, n), [THREADS, 1, 1], args)
+}
+
 /// How pe.cu makes a projection and the next expansion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PairTiling {

@@ -6,6 +6,7 @@ use super::products::planes_matrix;
 use super::{Lowering, Typed, act_code, args};
 use crate::backend::gpu::device::{Element, Place};
 use crate::backend::gpu::launch::{self, Arg, Gemm, Matrix};
+use crate::backend::gpu::variants::Products;
 use crate::graph::{GradSlot, Shape, Step, Tensor};
 use crate::ops::{Act, BnParams, Cascade, Conv1x1, Conv3x3, Norm, Op};
 
@@ -238,27 +239,37 @@ fn conv3x3(low: &mut Lowering, op: &Conv3x3, x: &Tensor, dy: &Tensor) {
 /// dX = W^T dY.
 fn conv1x1(low: &mut Lowering, op: &Conv1x1, x: &Tensor, dy: &Tensor, dx: Option<GradSlot>) {
     let (inp, out, n) = (op.in_channels, op.out_channels, x.shape.n);
-    let partial = low.scratch(n * out * inp);
     let matrix = |at: Place, batch_stride: usize, transposed: bool| Matrix {
         at,
         row_stride: inp,
         batch_stride,
         transposed,
     };
-    low.gemm(Gemm {
-        m: out,
-        n: inp,
-        k: x.shape.plane(),
-        batch: n,
-        a: planes_matrix(low, dy),
-        b: Matrix { transposed: true, ..planes_matrix(low, x) },
-        c: matrix(partial, out * inp, false),
-        beta: 0.0,
-        element: low.element,
-        result: Element::F32,
-    });
     let grad = low.grad(op.weight);
-    low.sum_partials(partial, grad, n, out * inp);
+    if low.element == Element::F32 && low.variants.products == Products::Fused {
+        let pixels = x.shape.plane();
+        let tiling = launch::weight_tiling(out, inp, pixels, n);
+        let partial = low.scratch(n * tiling.pieces * out * inp);
+        let mut args = args![low.at(dy), low.at(x), partial, out, inp, pixels, tiling.piece];
+        args.extend(args![dy.batch_stride, dy.plane_stride, x.batch_stride, x.plane_stride]);
+        low.launch(launch::conv1x1_backward_weight(tiling, n, args));
+        low.sum_partials(partial, grad, n * tiling.pieces, out * inp);
+    } else {
+        let partial = low.scratch(n * out * inp);
+        low.gemm(Gemm {
+            m: out,
+            n: inp,
+            k: x.shape.plane(),
+            batch: n,
+            a: planes_matrix(low, dy),
+            b: Matrix { transposed: true, ..planes_matrix(low, x) },
+            c: matrix(partial, out * inp, false),
+            beta: 0.0,
+            element: low.element,
+            result: Element::F32,
+        });
+        low.sum_partials(partial, grad, n, out * inp);
+    }
     if let Some(bias) = op.bias {
         let grad = low.grad(bias);
         bias_gradient(low, dy, grad);
