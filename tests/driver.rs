@@ -352,6 +352,49 @@ fn training_steps_wait_for_nothing() {
     }
 }
 
+/// What the driver compiles is what is about to run: a single kernel to see that it can, those of a plan before it
+/// runs, at the same time, and none twice or while a graph is recorded (which the stand-in would refuse).
+#[test]
+fn kernels_are_compiled_when_a_plan_wants_them_and_several_at_once() {
+    let Some(libraries) = libraries() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let run = |settings: &[(&str, &str)], line: &str| {
+        let _ = fs::remove_file(&log);
+        let works = [("FPENET_DRIVER_WORKS", "0"), ("FPENET_DRIVER_LOG", log.to_str().unwrap())];
+        let args: Vec<&str> = line.split(' ').collect();
+        let run = libraries.fpenet(&[&works[..], settings].concat(), &args);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        let log = fs::read_to_string(&log).unwrap();
+        let lines: Vec<String> = log.lines().map(String::from).collect();
+        (lines, run.stderr)
+    };
+    let modules = |log: &[String]| -> Vec<(String, usize)> {
+        let found = log.iter().filter_map(|line| line.strip_prefix("module of "));
+        let found = found.map(|line| line.trim_end_matches(" at once").split_once(", ").unwrap());
+        found.map(|(name, at_once)| (name.to_string(), at_once.parse().unwrap())).collect()
+    };
+    for gpu in ["75", "90"] {
+        let (log, _) = run(&[("FPENET_DRIVER_GPU", gpu)], "devices");
+        assert_eq!(modules(&log).len(), 1, "{log:?}");
+    }
+    let bench = "bench --device cuda --size 64x32 --iterations 2 --precision f16";
+    let (log, stderr) = run(&[("FPENET_DRIVER_COMPILES", "300")], bench);
+    let all = modules(&log);
+    let names: std::collections::HashSet<&String> = all.iter().map(|(name, _)| name).collect();
+    assert!(names.len() == all.len() && (5..60).contains(&all.len()), "{all:?}");
+    let cores = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(all.iter().map(|(_, at_once)| *at_once).max(), Some(cores.min(all.len() - 1)));
+    // Nothing is left for later, and the user hears of it where it takes long.
+    let last = log.iter().rposition(|line| line.starts_with("module of ")).unwrap();
+    let first = log.iter().position(|line| line.starts_with("to device ")).unwrap();
+    assert!(last < first, "{log:?}");
+    let told = "note: compiling kernels for stand-in driver, no GPU, once per driver ...\n";
+    assert!(stderr.matches(told).count() == 1 || all.len() < 4 * cores, "{stderr}");
+    let (_, stderr) = run(&[], bench);
+    assert!(!stderr.contains("compiling"), "{stderr}");
+}
+
 /// After warm-up: one launch of a graph per image, nothing reserved, whatever the driver does.
 #[test]
 fn a_warm_inference_is_one_graph_launch_and_reserves_nothing() {
@@ -390,6 +433,13 @@ fn what_the_driver_reports_reaches_the_user_as_one_line() {
     fails(&[("FPENET_DRIVER_CUDA", "12040")], &["supports CUDA 12.4", "PTX of CUDA", "update"]);
     fails(&[("FPENET_DRIVER_MEMORY", "500000")], &["out of memory", "bytes", "are free"]);
     fails(&[("FPENET_DRIVER_MEMORY", "4700000")], &["out of memory", "bytes", "are free"]);
+    // Of several kernels that are not compiled it is always the same one that is named.
+    let refused = ["kernels/conv3x3.cu (PTX for sm_75)", "INVALID_PTX", "ptxas fatal: refused"];
+    fails(&[("FPENET_DRIVER_REFUSES", "conv3x3")], &refused);
+    for _ in 0..5 {
+        let refused = ["kernels/conv1x1.cu (PTX for sm_75)", "ptxas fatal: refused"];
+        fails(&[("FPENET_DRIVER_REFUSES", "c")], &refused);
+    }
     // A kernel that fails is reported by a later call; both ways of finding out which it was are named.
     let fault = ("FPENET_DRIVER_FAULT", "conv3x3_forward_f32");
     let hints = ["CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_LAUNCH_BLOCKING=1", "FPENET_CUDA_GRAPHS=0"];

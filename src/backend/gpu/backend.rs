@@ -206,6 +206,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         let mut reserved = Reservation::new(&mut self.device);
         let memory = reserved.memory(plan, target)?;
         let program = lower::lower(plan, &memory, target)?;
+        reserved.load(&program)?;
         if variants.expanded == Expanded::Bytes && program.in_bytes == 0 {
             check_no_bytes(plan, element)?;
         }

@@ -68,6 +68,12 @@ impl<'a, D: GpuDevice> Reservation<'a, D> {
         Ok(buffer)
     }
 
+    /// Makes the kernels of a program ready.
+    pub(super) fn load(&mut self, program: &Program) -> Result<()> {
+        let kernels: Vec<&'static str> = program.all().filter_map(Command::kernel).collect();
+        self.device.load(&kernels)
+    }
+
     /// Everything that the commands of a plan refer to.
     pub(super) fn memory(&mut self, plan: &Plan, target: Target) -> Result<Memory> {
         let training = plan.mode == Mode::Training;

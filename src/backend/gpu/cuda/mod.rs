@@ -29,6 +29,8 @@ use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+pub use self::modules::on_compiling;
+
 use self::blas::Blas;
 use self::events::Events;
 use self::lanes::Lanes;
@@ -95,8 +97,8 @@ impl Drop for Memory {
 }
 
 impl CudaDevice {
-    /// Opens the GPU and lets the driver compile the kernels for it (it keeps the result on disk,
-    /// so that only the first time takes seconds).
+    /// Opens the GPU and sees that the driver compiles for it; which kernels it does compile, and keeps
+    /// on disk, is for [`GpuDevice::load`] to say.
     ///
     /// # Errors
     /// [`Error::Device`] naming what is missing or too old, and the remedy.
@@ -114,7 +116,7 @@ impl CudaDevice {
         let total = context.total_mem().map_err(failed)?;
 
         let gpu = Gpu { name, capability, driver };
-        let kernels = Kernels::load(&gpu, shared_limit)?;
+        let kernels = Kernels::open(context.clone(), gpu, shared_limit)?;
         let stream = context.new_stream().map_err(failed)?;
         let staging = Staging::new().map_err(failed)?;
         let lanes = Lanes::new(&context).map_err(failed)?;
@@ -131,12 +133,15 @@ impl CudaDevice {
         let archs: Vec<String> = kernels.archs.iter().map(|arch| format!("sm_{arch}")).collect();
         let description = format!(
             "{}, sm_{capability}, {:.1} GiB, driver for CUDA {}.{}, kernels for {}",
-            gpu.name,
+            kernels.gpu(),
             total as f64 / (1u64 << 30) as f64,
             driver.0,
             driver.1,
             archs.join(" and ")
         );
+        let identity =
+            format!("{}, sm_{capability}, {}", kernels.gpu(), probe::driver_release(driver));
+        let card = cards::find(kernels.gpu());
         Ok(CudaDevice {
             sequences: HashMap::new(),
             blas,
@@ -149,8 +154,8 @@ impl CudaDevice {
             stream,
             context,
             description,
-            identity: format!("{}, sm_{capability}, {}", gpu.name, probe::driver_release(driver)),
-            card: cards::find(&gpu.name),
+            identity,
+            card,
             capability,
             shared_limit,
             multiprocessors,
@@ -341,6 +346,11 @@ impl GpuDevice for CudaDevice {
         filled.map_err(|error| kernel_error("memset", "cannot be launched", error))
     }
 
+    fn load(&mut self, kernels: &[&'static str]) -> Result<()> {
+        self.bind()?;
+        self.kernels.load(kernels.iter().copied())
+    }
+
     fn launch(&mut self, launch: &Launch) -> Result<()> {
         self.bind()?;
         let function = self.kernels.get(launch.kernel)?;
@@ -383,6 +393,8 @@ impl GpuDevice for CudaDevice {
         if let Some(Sequence::Known) = self.sequences.get(&sequence)
             && self.use_graphs
         {
+            // Nothing may be loaded while the stream records.
+            self.kernels.load(commands.iter().filter_map(Command::kernel))?;
             let graph = self.capture(commands)?;
             self.sequences.insert(sequence, Sequence::Graph(graph));
         }

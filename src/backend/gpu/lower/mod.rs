@@ -87,6 +87,13 @@ impl Program {
         Some(stem.iter().chain(rest).cloned().collect())
     }
 
+    /// Every command, of whatever pass.
+    pub fn all(&self) -> impl Iterator<Item = &Command> {
+        let stem = self.stem_rgb.iter().flatten();
+        let rest = [&self.forward, &self.labels, &self.backward, &self.update];
+        stem.chain(rest.into_iter().flatten())
+    }
+
     /// Commands of one forward step.
     pub fn step(&self, index: usize) -> &[Command] {
         let start = if index == 0 { 0 } else { self.step_ends[index - 1] };
