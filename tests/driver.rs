@@ -285,6 +285,37 @@ fn photos_under_way_do_not_mix_whenever_the_gpu_does_its_work() {
     }
 }
 
+/// Input and logits go through pinned memory in several pieces, some filled and emptied by other threads.
+#[test]
+fn large_arrays_arrive_whole_whenever_the_gpu_does_its_work() {
+    let Some(libraries) = libraries() else { return };
+    let dir = workplace();
+    let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+    let shape = [1, 3, 256, 384];
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|i: usize| (i * 7919 % 4001) as f32 / 2000.0 - 1.0)
+        .collect();
+    fpenet::model::npy::write_f32(Path::new(&at("input.npy")), &shape, &values).unwrap();
+    let run = |device: &str, settings: &[(&str, &str)]| {
+        let (model, input, output) = (at("model.safetensors"), at("input.npy"), at("output.npy"));
+        let args = ["run", "--model", &model, "--input", &input, "--output", &output];
+        libraries.fpenet(settings, &[&args[..], &["--device", device]].concat()).succeeds();
+        fs::read(output).unwrap()
+    };
+    let expected = run("emulated", &[]);
+    assert!(expected.len() > 4 << 20);
+    for order in ["late", "1"] {
+        let log = at(&format!("log-{order}"));
+        let settings = [("FPENET_DRIVER_ORDER", order), ("FPENET_DRIVER_LOG", &log)];
+        assert!(run("cuda", &settings) == expected, "{order}");
+        let log = fs::read_to_string(log).unwrap();
+        let count = |start: &str| log.lines().filter(|line| line.starts_with(start)).count();
+        let alone = std::thread::available_parallelism().unwrap().get() == 1;
+        assert!(count("to device 524288") == 2 || alone, "{log}");
+        assert!(count("to host 4194304") == 1, "{log}");
+    }
+}
+
 /// A folder in CamVid's layout with six photos for training, three batches of two.
 fn data(dir: &tempfile::TempDir) -> PathBuf {
     let data = dir.path().join("data");

@@ -8,6 +8,7 @@
 
 mod blas;
 mod events;
+mod helpers;
 mod lanes;
 mod modules;
 mod probe;
@@ -33,6 +34,7 @@ pub use self::modules::on_compiling;
 
 use self::blas::Blas;
 use self::events::Events;
+use self::helpers::Helpers;
 use self::lanes::Lanes;
 use self::modules::{Gpu, Kernels};
 use self::probe::unusable;
@@ -50,6 +52,7 @@ pub struct CudaDevice {
     blas: Blas,
     kernels: Kernels,
     staging: Staging,
+    helpers: Helpers,
     events: Events,
     lanes: Lanes,
     memory: Vec<Option<Memory>>,
@@ -147,6 +150,7 @@ impl CudaDevice {
             blas,
             kernels,
             staging,
+            helpers: Helpers::default(),
             events: Events::default(),
             lanes,
             memory: Vec::new(),
@@ -194,11 +198,12 @@ impl CudaDevice {
         &mut self,
         to: Place,
         len: usize,
-        fill: impl Fn(Range<usize>, &mut [u8]),
+        fill: impl Fn(Range<usize>, &mut [u8]) + Sync,
     ) -> Result<()> {
         self.bind()?;
         let address = self.address(to, len)?;
-        let copied = self.staging.upload(self.stream.cu_stream(), address, len, fill);
+        let stream = self.stream.cu_stream();
+        let copied = self.staging.upload(&self.helpers, stream, address, len, fill);
         copied.map_err(|error| self.late(error))
     }
 
@@ -312,13 +317,14 @@ impl GpuDevice for CudaDevice {
     fn download(&mut self, from: Place, bytes: &mut [u8]) -> Result<()> {
         self.bind()?;
         let address = self.address(from, bytes.len())?;
-        let copied = self.staging.download(self.stream.cu_stream(), address, bytes);
+        let stream = self.stream.cu_stream();
+        let copied = self.staging.download(&self.helpers, stream, address, bytes);
         copied.map_err(|error| self.late(error))
     }
 
     fn send(&mut self, lane: usize, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        self.lanes.send(lane, bytes)
+        self.lanes.send(&self.helpers, lane, bytes)
     }
 
     fn deliver(&mut self, lane: usize, to: Place) -> Result<()> {
@@ -335,7 +341,7 @@ impl GpuDevice for CudaDevice {
 
     fn receive(&mut self, lane: usize, out: &mut [u8]) -> Result<()> {
         self.bind()?;
-        self.lanes.receive(lane, out)?.map_err(|error| self.late(error))
+        self.lanes.receive(&self.helpers, lane, out)?.map_err(|error| self.late(error))
     }
 
     fn zero(&mut self, at: Place, bytes: usize) -> Result<()> {
