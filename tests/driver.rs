@@ -232,7 +232,8 @@ fn launches_at_real_sizes_keep_to_the_limits_of_every_card() {
                 let stdout = run.succeeds();
                 assert!(stdout.contains("(model)") && stdout.contains("data sheet"), "{stdout}");
             }
-            let training = "bench --train --device cuda --size 480x360 --batch 8 --iterations 2";
+            let training =
+                "bench --train --profile --device cuda --size 480x360 --batch 8 --iterations 2";
             fpenet(&format!("{training} --precision {precision}")).succeeds();
         }
         let inference = "--device cuda --size 1024x512 --precision f16 --iterations 1";

@@ -10,6 +10,7 @@ mod export;
 mod export_predictions;
 mod import;
 mod init;
+mod profile;
 mod progress;
 mod reproduce;
 mod run;

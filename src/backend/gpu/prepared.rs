@@ -127,6 +127,14 @@ impl<D: GpuDevice> Drop for Reservation<'_, D> {
 }
 
 impl Prepared {
+    /// Commands of a forward step over the input at hand.
+    pub(super) fn step(&self, index: usize) -> &[Command] {
+        match &self.program.stem_rgb {
+            Some(stem) if self.is_rgb && index == 0 => stem,
+            _ => self.program.step(index),
+        }
+    }
+
     /// Where a forward pass leaves its result, and its bytes.
     pub(super) fn result(&self, plan: &Plan) -> (Place, usize) {
         match plan.mode {
