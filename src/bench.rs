@@ -11,6 +11,7 @@ use crate::backend::{Backend, Mark, Output, Work};
 use crate::error::{Error, Result};
 use crate::exec::Inference;
 use crate::graph::{Plan, Step};
+use crate::profile::{KernelTime, TrainingTime};
 
 /// Distribution of a latency in milliseconds. Percentiles are interpolated linearly between the
 /// two nearest samples.
@@ -125,8 +126,12 @@ pub struct Report {
     pub samples_ms: Vec<f64>,
     /// Forward passes alone, in milliseconds, in order; empty in training.
     pub compute_samples_ms: Vec<f64>,
-    /// Time per layer, with `--profile`.
+    /// Time per layer of an inference, with `--profile`.
     pub layers: Option<Vec<LayerTime>>,
+    /// Time per layer of a training step, with `--profile`.
+    pub training_layers: Option<Vec<TrainingTime>>,
+    /// Time per kernel, with `--profile`; null for a CPU's inference.
+    pub kernels: Option<Vec<KernelTime>>,
 }
 
 impl Report {

@@ -1,6 +1,6 @@
 //! Executors: [`Inference`] and [`Training`] tie a graph, a plan and a backend together.
 
-use crate::backend::{AdamStep, Backend, Counters, Images, Output, Rgb, State};
+use crate::backend::{AdamStep, Backend, CommandMarks, Counters, Images, Output, Pass, Rgb, State};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::graph::passes::{self, Rewrites};
@@ -260,6 +260,26 @@ impl Training {
         self.update(adam)
     }
 
+    /// [`Training::step`] with a mark between any two commands: those of forward, backward and update.
+    /// Waits for nothing.
+    ///
+    /// # Errors
+    /// As [`Training::gradients`].
+    pub fn step_marked(
+        &mut self,
+        input: &[f32],
+        labels: &[u8],
+        adam: AdamStep,
+    ) -> Result<[Vec<CommandMarks>; 3]> {
+        self.backend.write(&self.plan.input, input)?;
+        self.backend.write_labels(labels)?;
+        Ok([
+            self.backend.run_marked(&self.plan, Pass::Forward)?,
+            self.backend.run_marked(&self.plan, Pass::Backward)?,
+            self.backend.run_marked(&self.plan, Pass::Update(adam))?,
+        ])
+    }
+
     /// Losses and loss scaling so far; waits for the device.
     ///
     /// # Errors
@@ -366,5 +386,10 @@ impl Training {
     /// The device in use.
     pub fn backend(&self) -> &dyn Backend {
         self.backend.as_ref()
+    }
+
+    /// Plan and device, for profiles.
+    pub fn parts(&mut self) -> (&Plan, &mut dyn Backend) {
+        (&self.plan, self.backend.as_mut())
     }
 }

@@ -25,6 +25,7 @@ pub mod model;
 pub mod ops;
 pub mod predict;
 pub mod predictions;
+pub mod profile;
 pub mod reference;
 pub mod report;
 pub mod reproduce;

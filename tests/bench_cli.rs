@@ -87,6 +87,9 @@ fn an_emulated_gpu_counts_its_commands_and_their_bytes() {
     let report: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
     assert!(report["launches"].as_u64().unwrap() > 10, "{report}");
     assert_eq!(report["graph"], false);
+    let kernels = report["kernels"].as_array().unwrap();
+    let launches: u64 = kernels.iter().map(|kernel| kernel["launches"].as_u64().unwrap()).sum();
+    assert_eq!(launches, report["launches"].as_u64().unwrap(), "{kernels:?}");
     let layers = report["layers"].as_array().unwrap();
     let bytes = |layer: &Value| layer["bytes"].as_u64().unwrap();
     // What commands move is at least what the layers cannot avoid, and not much more.
@@ -118,6 +121,50 @@ fn a_profile_lists_every_layer_once() {
     for layer in ["stem.conv ", "stage2.0.branches ", "stage3.0.project.conv "] {
         let lines = stdout.lines().filter(|line| line.starts_with(layer)).count();
         assert_eq!(lines, 1, "{layer}: {stdout}");
+    }
+}
+
+/// Of a training step: every layer with its forward and backward pass, and the same time by operator.
+fn check_training_profile(report: &Value, stdout: &str) {
+    let list = |key: &str| report[key].as_array().unwrap().clone();
+    let (layers, kernels) = (list("training_layers"), list("kernels"));
+    let sum = |rows: &[Value], key: &str| rows.iter().map(|row| row[key].as_f64().unwrap()).sum();
+    let counted: [f64; 2] = [sum(&layers, "commands"), sum(&kernels, "launches")];
+    assert!(counted[0] == counted[1] && counted[0] > layers.len() as f64, "{counted:?}");
+    let whole: f64 = sum(&kernels, "mean_ms");
+    let (forward, backward): (f64, f64) = (sum(&layers, "forward_ms"), sum(&layers, "backward_ms"));
+    assert!((forward + backward - whole).abs() < 1e-6 * whole, "{forward} {backward} {whole}");
+    assert!(forward > 0.0 && backward > forward / 4.0, "{forward} {backward}");
+    for rows in [&layers, &kernels] {
+        let share: f64 = sum(rows, "share");
+        assert!((share - 1.0).abs() < 1e-6, "{share}");
+    }
+    let row = |name: &str| layers.iter().find(|row| row["name"] == name).unwrap().clone();
+    assert!(row("stage2.0.branches")["backward_ms"].as_f64().unwrap() > 0.0);
+    assert_eq!(row("update")["forward_ms"], 0.0);
+    for layer in ["stem.conv ", "stage2.0.branches ", "loss ", "update "] {
+        let lines = stdout.lines().filter(|line| line.starts_with(layer)).count();
+        assert_eq!(lines, 1, "{layer}: {stdout}");
+    }
+}
+
+#[test]
+fn a_training_step_is_profiled_by_layer_and_kernel() {
+    let dir = tempfile::tempdir().unwrap();
+    let json = dir.path().join("bench.json");
+    let line = "--p 1 --q 1 --size 32x24 --batch 2 --iterations 2 --warmup 1 --train --profile";
+    for device in ["cpu", "emulated"] {
+        let args = ["bench", "--device", device, "--json", json.to_str().unwrap()];
+        let (code, stdout, stderr) =
+            fpenet(&[&args[..], &line.split(' ').collect::<Vec<_>>()].concat());
+        if code == 1 && stderr.contains("does not hold the emulated kernels") {
+            continue; // A build without a C++ compiler for x86-64 Linux.
+        }
+        assert_eq!(code, 0, "{stderr}");
+        let report: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+        check_training_profile(&report, &stdout);
+        let kernel = if device == "cpu" { "cascade " } else { "adam_f32 " };
+        assert!(stdout.lines().any(|line| line.starts_with(kernel)), "{kernel}: {stdout}");
     }
 }
 

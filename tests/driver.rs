@@ -232,7 +232,8 @@ fn launches_at_real_sizes_keep_to_the_limits_of_every_card() {
                 let stdout = run.succeeds();
                 assert!(stdout.contains("(model)") && stdout.contains("data sheet"), "{stdout}");
             }
-            let training = "bench --train --device cuda --size 480x360 --batch 8 --iterations 2";
+            let training =
+                "bench --train --profile --device cuda --size 480x360 --batch 8 --iterations 2";
             fpenet(&format!("{training} --precision {precision}")).succeeds();
         }
         let inference = "--device cuda --size 1024x512 --precision f16 --iterations 1";
@@ -282,6 +283,37 @@ fn photos_under_way_do_not_mix_whenever_the_gpu_does_its_work() {
             let found = segment("cuda", &format!("{order}-{graphs}"), &settings);
             assert!(found == expected, "order {order}, graphs {graphs}");
         }
+    }
+}
+
+/// Input and logits go through pinned memory in several pieces, some filled and emptied by other threads.
+#[test]
+fn large_arrays_arrive_whole_whenever_the_gpu_does_its_work() {
+    let Some(libraries) = libraries() else { return };
+    let dir = workplace();
+    let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+    let shape = [1, 3, 256, 384];
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|i: usize| (i * 7919 % 4001) as f32 / 2000.0 - 1.0)
+        .collect();
+    fpenet::model::npy::write_f32(Path::new(&at("input.npy")), &shape, &values).unwrap();
+    let run = |device: &str, settings: &[(&str, &str)]| {
+        let (model, input, output) = (at("model.safetensors"), at("input.npy"), at("output.npy"));
+        let args = ["run", "--model", &model, "--input", &input, "--output", &output];
+        libraries.fpenet(settings, &[&args[..], &["--device", device]].concat()).succeeds();
+        fs::read(output).unwrap()
+    };
+    let expected = run("emulated", &[]);
+    assert!(expected.len() > 4 << 20);
+    for order in ["late", "1"] {
+        let log = at(&format!("log-{order}"));
+        let settings = [("FPENET_DRIVER_ORDER", order), ("FPENET_DRIVER_LOG", &log)];
+        assert!(run("cuda", &settings) == expected, "{order}");
+        let log = fs::read_to_string(log).unwrap();
+        let count = |start: &str| log.lines().filter(|line| line.starts_with(start)).count();
+        let alone = std::thread::available_parallelism().unwrap().get() == 1;
+        assert!(count("to device 524288") == 2 || alone, "{log}");
+        assert!(count("to host 4194304") == 1, "{log}");
     }
 }
 
@@ -352,6 +384,49 @@ fn training_steps_wait_for_nothing() {
     }
 }
 
+/// What the driver compiles is what is about to run: a single kernel to see that it can, those of a plan before it
+/// runs, at the same time, and none twice or while a graph is recorded (which the stand-in would refuse).
+#[test]
+fn kernels_are_compiled_when_a_plan_wants_them_and_several_at_once() {
+    let Some(libraries) = libraries() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let run = |settings: &[(&str, &str)], line: &str| {
+        let _ = fs::remove_file(&log);
+        let works = [("FPENET_DRIVER_WORKS", "0"), ("FPENET_DRIVER_LOG", log.to_str().unwrap())];
+        let args: Vec<&str> = line.split(' ').collect();
+        let run = libraries.fpenet(&[&works[..], settings].concat(), &args);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        let log = fs::read_to_string(&log).unwrap();
+        let lines: Vec<String> = log.lines().map(String::from).collect();
+        (lines, run.stderr)
+    };
+    let modules = |log: &[String]| -> Vec<(String, usize)> {
+        let found = log.iter().filter_map(|line| line.strip_prefix("module of "));
+        let found = found.map(|line| line.trim_end_matches(" at once").split_once(", ").unwrap());
+        found.map(|(name, at_once)| (name.to_string(), at_once.parse().unwrap())).collect()
+    };
+    for gpu in ["75", "90"] {
+        let (log, _) = run(&[("FPENET_DRIVER_GPU", gpu)], "devices");
+        assert_eq!(modules(&log).len(), 1, "{log:?}");
+    }
+    let bench = "bench --device cuda --size 64x32 --iterations 2 --precision f16";
+    let (log, stderr) = run(&[("FPENET_DRIVER_COMPILES", "300")], bench);
+    let all = modules(&log);
+    let names: std::collections::HashSet<&String> = all.iter().map(|(name, _)| name).collect();
+    assert!(names.len() == all.len() && (5..60).contains(&all.len()), "{all:?}");
+    let cores = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(all.iter().map(|(_, at_once)| *at_once).max(), Some(cores.min(all.len() - 1)));
+    // Nothing is left for later, and the user hears of it where it takes long.
+    let last = log.iter().rposition(|line| line.starts_with("module of ")).unwrap();
+    let first = log.iter().position(|line| line.starts_with("to device ")).unwrap();
+    assert!(last < first, "{log:?}");
+    let told = "note: compiling kernels for stand-in driver, no GPU, once per driver ...\n";
+    assert!(stderr.matches(told).count() == 1 || all.len() < 4 * cores, "{stderr}");
+    let (_, stderr) = run(&[], bench);
+    assert!(!stderr.contains("compiling"), "{stderr}");
+}
+
 /// After warm-up: one launch of a graph per image, nothing reserved, whatever the driver does.
 #[test]
 fn a_warm_inference_is_one_graph_launch_and_reserves_nothing() {
@@ -390,6 +465,13 @@ fn what_the_driver_reports_reaches_the_user_as_one_line() {
     fails(&[("FPENET_DRIVER_CUDA", "12040")], &["supports CUDA 12.4", "PTX of CUDA", "update"]);
     fails(&[("FPENET_DRIVER_MEMORY", "500000")], &["out of memory", "bytes", "are free"]);
     fails(&[("FPENET_DRIVER_MEMORY", "4700000")], &["out of memory", "bytes", "are free"]);
+    // Of several kernels that are not compiled it is always the same one that is named.
+    let refused = ["kernels/conv3x3.cu (PTX for sm_75)", "INVALID_PTX", "ptxas fatal: refused"];
+    fails(&[("FPENET_DRIVER_REFUSES", "conv3x3")], &refused);
+    for _ in 0..5 {
+        let refused = ["kernels/conv1x1.cu (PTX for sm_75)", "ptxas fatal: refused"];
+        fails(&[("FPENET_DRIVER_REFUSES", "c")], &refused);
+    }
     // A kernel that fails is reported by a later call; both ways of finding out which it was are named.
     let fault = ("FPENET_DRIVER_FAULT", "conv3x3_forward_f32");
     let hints = ["CUDA_ERROR_ILLEGAL_ADDRESS", "CUDA_LAUNCH_BLOCKING=1", "FPENET_CUDA_GRAPHS=0"];

@@ -109,6 +109,30 @@ impl Mark {
     }
 }
 
+/// A part of a training step; inference has the first one only.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Pass {
+    /// As [`Backend::forward`].
+    Forward,
+    /// As [`Backend::backward`].
+    Backward,
+    /// As [`Backend::adam`].
+    Update(AdamStep),
+}
+
+/// A command, and the moments before and after it.
+#[derive(Debug, Clone, Copy)]
+pub struct CommandMarks {
+    /// Kernel, or `gemm`; on a device without commands the operator.
+    pub kernel: &'static str,
+    /// The plan's step that it belongs to; none of the loss, and of what is done to all parameters.
+    pub step: Option<usize>,
+    /// When all before it was done.
+    pub begun: Mark,
+    /// When it was.
+    pub done: Mark,
+}
+
 /// What a prepared forward pass asks of its device, counted from the commands' shapes; nothing in
 /// it is measured.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -286,6 +310,12 @@ pub trait Backend: Send {
     fn between(&mut self, from: Mark, to: Mark) -> Result<Duration> {
         Mark::host_time(from, to)
     }
+
+    /// Runs a pass command by command with a mark between any two, without waiting for any of them.
+    ///
+    /// # Errors
+    /// Those of the pass, and what the device says.
+    fn run_marked(&mut self, plan: &Plan, pass: Pass) -> Result<Vec<CommandMarks>>;
 
     /// When the last [`Backend::read_labels`] had computed the labels and began to copy them; none
     /// where they are computed straight into host memory.

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use fpenet::backend::gpu::choice::Chosen;
-use fpenet::backend::{AdamStep, Output, Precision};
-use fpenet::bench::{self, Latency, LayerTime, Profile, Report, Samples};
+use fpenet::backend::{AdamStep, Output};
+use fpenet::bench::{self, Latency, Report, Samples};
 use fpenet::exec::{Inference, Training};
 use fpenet::graph::{Mode, Plan};
 use fpenet::{Error, Model, ModelConfig, memory};
@@ -14,6 +14,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::args::{ConfigArgs, DeviceArgs, Size, positive};
 use super::destination::{Destination, Messages};
+use super::profile;
 
 /// Options of `fpenet bench`.
 #[derive(clap::Args)]
@@ -50,8 +51,9 @@ pub struct Args {
     /// Time training steps instead of inference
     #[arg(long)]
     pub train: bool,
-    /// Time every layer by itself, with its bytes and multiply-accumulates
-    #[arg(long, conflicts_with = "train")]
+    /// Time every layer by itself, with its bytes and multiply-accumulates, or forward and backward with
+    /// --train; every kernel as well, on a GPU and with --train
+    #[arg(long)]
     pub profile: bool,
     /// Write the figures to this file, or to standard output (-)
     #[arg(long, value_name = "FILE")]
@@ -63,11 +65,13 @@ pub struct Args {
 }
 
 /// What is measured, with the defaults filled in.
-struct Job {
+pub struct Job {
     size: Size,
     batch: usize,
-    iterations: usize,
-    warmup: usize,
+    /// Timed runs.
+    pub iterations: usize,
+    /// Runs before them.
+    pub warmup: usize,
     mode: &'static str,
 }
 
@@ -156,7 +160,9 @@ fn infer(messages: Messages, args: &Args, model: &Model, job: &Job) -> anyhow::R
     report.set_work(inference.backend().work(inference.plan()));
     report.set_peak(inference.backend().peak_flops(), inference.plan());
     if args.profile {
-        report.layers = Some(profile(&mut inference, job, &input, args.device.precision)?);
+        let precision = args.device.precision;
+        let (layers, kernels) = profile::infer(&mut inference, job, &input, precision)?;
+        (report.layers, report.kernels) = (Some(layers), kernels);
     }
     finish(messages, args, job, &report)
 }
@@ -200,6 +206,14 @@ fn train(messages: Messages, args: &Args, model: &Model, job: &Job) -> anyhow::R
     let mut report = report(args, job, &device, samples, training.plan())?;
     report.copies_included = true;
     report.set_choice(chosen.as_ref());
+    if args.profile {
+        let adam = || {
+            step += 1;
+            AdamStep::paper(5e-4, step)
+        };
+        let (layers, kernels) = profile::train(&mut training, job, &input, &labels, adam)?;
+        (report.training_layers, report.kernels) = (Some(layers), Some(kernels));
+    }
     finish(messages, args, job, &report)
 }
 
@@ -292,6 +306,8 @@ fn report(
         samples_ms: samples.total,
         compute_samples_ms: samples.compute,
         layers: None,
+        training_layers: None,
+        kernels: None,
     })
 }
 
@@ -351,7 +367,13 @@ fn finish(messages: Messages, args: &Args, job: &Job, report: &Report) -> anyhow
         mib(report.peak_rss_bytes)
     )?;
     if let Some(layers) = &report.layers {
-        table(messages, layers)?;
+        profile::layers(messages, layers)?;
+    }
+    if let Some(layers) = &report.training_layers {
+        profile::training_layers(messages, layers)?;
+    }
+    if let Some(kernels) = &report.kernels {
+        profile::kernels(messages, kernels)?;
     }
     if let Some(json) = &args.json {
         json.write_json(report)?;
@@ -382,52 +404,5 @@ fn commands(messages: Messages, report: &Report) -> anyhow::Result<()> {
          {roofline}",
         bytes as f64 / 1e6
     )?;
-    Ok(())
-}
-
-fn profile(
-    inference: &mut Inference,
-    job: &Job,
-    input: &[f32],
-    precision: Precision,
-) -> anyhow::Result<Vec<LayerTime>> {
-    let mut profile = Profile::new(inference.plan().steps.len());
-    let (plan, device) = inference.parts();
-    for run in 0..job.warmup + job.iterations {
-        // Anew each time: the arena has other tensors in the input's place by the end.
-        device.write(&plan.input, input)?;
-        let times = bench::time_steps(plan, device)?;
-        if run >= job.warmup {
-            profile.add(&times);
-        }
-    }
-    Ok(profile.layers(plan, precision.into()))
-}
-
-fn table(messages: Messages, layers: &[LayerTime]) -> anyhow::Result<()> {
-    let width = layers.iter().map(|layer| layer.name.len()).max().unwrap_or(0);
-    writeln!(messages)?;
-    writeln!(
-        messages,
-        "{:<width$}  {:<12}  {:>20}  {:>8}  {:>6}  {:>8}  {:>7}  {:>8}  {:>7}",
-        "layer", "operator", "output", "ms", "share", "MMAC", "GMAC/s", "MB", "GB/s"
-    )?;
-    for layer in layers {
-        writeln!(
-            messages,
-            "{:<width$}  {:<12}  {:>20}  {:>8.3}  {:>5.1}%  {:>8.1}  {:>7.1}  {:>8.2}  {:>7.1}",
-            layer.name,
-            layer.kind,
-            layer.shape,
-            layer.mean_ms,
-            layer.share * 100.0,
-            layer.macs as f64 / 1e6,
-            layer.gmacs_per_second(),
-            layer.bytes as f64 / 1e6,
-            layer.gigabytes_per_second()
-        )?;
-    }
-    let total: f64 = layers.iter().map(|layer| layer.mean_ms).sum();
-    writeln!(messages, "{:<width$}  {:<12}  {:>20}  {total:>8.3}  {:>5.1}%", "sum", "", "", 100.0)?;
     Ok(())
 }

@@ -10,6 +10,7 @@ mod export;
 mod export_predictions;
 mod import;
 mod init;
+mod profile;
 mod progress;
 mod reproduce;
 mod run;
@@ -80,6 +81,9 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return report_usage(&error),
     };
+    fpenet::backend::gpu::cuda::on_compiling(|gpu| {
+        line("note", &format!("compiling kernels for {gpu}, once per driver ..."));
+    });
     let result = match cli.command {
         Command::Segment(args) => segment::run(args),
         Command::Stream(args) => stream::run(args),

@@ -14,6 +14,8 @@
 // FPENET_DRIVER_CUDA   version that cuDriverGetVersion tells (default 13000)
 // FPENET_DRIVER_MEMORY bytes of device memory (default 4 GiB)
 // FPENET_DRIVER_FAULT  a kernel that ends in an illegal address
+// FPENET_DRIVER_COMPILES  milliseconds that a module takes to be compiled (default 0)
+// FPENET_DRIVER_REFUSES   the start of names of kernels that cannot be compiled
 // FPENET_DRIVER_WORKS  0: launches and products are checked, but not carried out (for sizes that would take hours)
 // FPENET_DRIVER_LOG    a file that gets a line per call of interest
 #pragma once
@@ -40,6 +42,7 @@ enum CUresult : int {
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
     NO_BINARY_FOR_GPU = 209,
+    INVALID_PTX = 218,
     UNSUPPORTED_PTX_VERSION = 222,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,

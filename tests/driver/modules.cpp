@@ -3,11 +3,15 @@
 #include "driver.h"
 #include "host/cuda_host.h"
 
+#include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <set>
+#include <thread>
 
 extern "C" const fpenet_host::KernelEntry* fpenet_host_kernel(const char* name);
 extern "C" int fpenet_host_launch(const fpenet_host::KernelEntry*, const unsigned* grid, const unsigned* block,
@@ -140,11 +144,24 @@ CUresult launch(void* handle, Shape shape, void* stream, void** parameters, bool
 
 using namespace driver;
 
-API CUresult cuModuleLoadDataEx(void** handle, const void* image, unsigned, int*, void**) {
+API CUresult cuModuleLoadDataEx(void** handle, const void* image, unsigned options, int* kinds, void** values) {
+    // Compiling is done beside other calls, as a real driver does it.
+    static std::atomic<int> compiling = 0;
+    const int at_once = ++compiling;
+    std::this_thread::sleep_for(std::chrono::milliseconds(number("FPENET_DRIVER_COMPILES", 0)));
+    --compiling;
     Call call;
     if (!call) return call.status;
     if (CUresult status = outside_capture()) return status;
     const std::string text = static_cast<const char*>(image);
+    const auto count = [&text](char c) { return std::count(text.begin(), text.end(), c); };
+    if (count('{') != count('}')) misuse("a module is cut off in the middle");
+    if (text.find(std::string(".entry ") + setting("FPENET_DRIVER_REFUSES", "?")) != std::string::npos) {
+        // An error log and its length, and nothing else, is asked for.
+        if (options != 2 || kinds[0] != 5 || kinds[1] != 6) misuse("options of a module that nobody knows");
+        std::snprintf(static_cast<char*>(values[0]), reinterpret_cast<size_t>(values[1]), "ptxas fatal: refused");
+        return INVALID_PTX;
+    }
     // The release of PTX that came with CUDA 13.0 is 9.0, with 12.9 it was 8.8; before that 8.0 was 12.0's.
     const int major = after(text, ".version "), minor = after(text, (".version " + std::to_string(major) + ".").c_str());
     const int cuda = cuda_version();
@@ -155,6 +172,7 @@ API CUresult cuModuleLoadDataEx(void** handle, const void* image, unsigned, int*
     for (size_t at = text.find(".entry "); at != std::string::npos; at = text.find(".entry ", at + 1)) {
         std::unique_ptr<Function> function = parse(text.substr(at + std::strlen(".entry ")));
         functions.insert(function.get());
+        note("module of %s, %d at once", function->name.c_str(), at_once);
         module->functions[function->name] = std::move(function);
     }
     *handle = *modules.insert(module.release()).first;

@@ -1,6 +1,7 @@
 //! The CPU's side of the [`Backend`] trait: memory, threads, and which operator runs when.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use memmap2::{MmapMut, MmapOptions};
 use rayon::ThreadPool;
@@ -8,7 +9,7 @@ use rayon::prelude::*;
 
 use super::simd::Isa;
 use super::{backward, forward, peak};
-use crate::backend::{AdamStep, Backend, Counters, Images, State};
+use crate::backend::{AdamStep, Backend, CommandMarks, Counters, Images, Mark, Pass, State};
 use crate::error::{Error, Result};
 use crate::graph::passes::Rewrites;
 use crate::graph::{Mode, Plan, PlaneLayout, Tensor};
@@ -116,6 +117,41 @@ impl CpuBackend {
             State::Moment1 => &mut self.moment1,
             State::Moment2 => &mut self.moment2,
         }
+    }
+
+    /// Loss and gradients; `over` hears when the loss is done (none) and each step.
+    fn run_backward(
+        &mut self,
+        plan: &Plan,
+        mut over: impl FnMut(Option<usize>) + Send,
+    ) -> Result<()> {
+        let grad_logits = plan
+            .grad_logits
+            .ok_or_else(|| Error::Usage("backward needs a plan made for training".into()))?;
+        let expected = plan.input.shape.n * plan.input.shape.plane();
+        if self.labels.len() != expected {
+            return Err(Error::Shape {
+                node: "labels".into(),
+                expected: format!("{expected} labels, written before the backward"),
+                found: format!("{}", self.labels.len()),
+            });
+        }
+        let pool = Arc::clone(&self.pool);
+        pool.install(|| {
+            let base = self.arena.base();
+            let logits = unsafe { super::View::of(base, &plan.logits) };
+            let gradient = unsafe { super::ViewMut::of(base, &grad_logits) };
+            let weights = &self.class_weights;
+            let loss = cross_entropy::forward_backward(logits, &self.labels, weights, gradient);
+            self.counters.loss = loss;
+            self.counters.loss_sum += f64::from(loss);
+            over(None);
+            for (i, step) in plan.steps.iter().enumerate().rev() {
+                backward::step(self, plan, step);
+                over(Some(i));
+            }
+        });
+        Ok(())
     }
 
     fn check_tensor(&self, tensor: &Tensor, len: usize) -> Result<()> {
@@ -282,31 +318,34 @@ impl Backend for CpuBackend {
     }
 
     fn backward(&mut self, plan: &Plan) -> Result<()> {
-        let grad_logits = plan
-            .grad_logits
-            .ok_or_else(|| Error::Usage("backward needs a plan made for training".into()))?;
-        let expected = plan.input.shape.n * plan.input.shape.plane();
-        if self.labels.len() != expected {
-            return Err(Error::Shape {
-                node: "labels".into(),
-                expected: format!("{expected} labels, written before the backward"),
-                found: format!("{}", self.labels.len()),
-            });
-        }
-        let pool = Arc::clone(&self.pool);
-        pool.install(|| {
-            let base = self.arena.base();
-            let logits = unsafe { super::View::of(base, &plan.logits) };
-            let gradient = unsafe { super::ViewMut::of(base, &grad_logits) };
-            let weights = &self.class_weights;
-            let loss = cross_entropy::forward_backward(logits, &self.labels, weights, gradient);
-            self.counters.loss = loss;
-            self.counters.loss_sum += f64::from(loss);
-            for step in plan.steps.iter().rev() {
-                backward::step(self, plan, step);
+        self.run_backward(plan, |_| ())
+    }
+
+    fn run_marked(&mut self, plan: &Plan, pass: Pass) -> Result<Vec<CommandMarks>> {
+        let mut marks = Vec::new();
+        let mut begun = Mark::Host(Instant::now());
+        let mut over = |kernel, step| {
+            let done = Mark::Host(Instant::now());
+            marks.push(CommandMarks { kernel, step, begun, done });
+            begun = done;
+        };
+        let kind = |step: usize| plan.steps[step].op.kind();
+        match pass {
+            Pass::Forward => {
+                for step in 0..plan.steps.len() {
+                    self.forward_step(plan, step)?;
+                    over(kind(step), Some(step));
+                }
             }
-        });
-        Ok(())
+            Pass::Backward => self.run_backward(plan, |step| {
+                over(step.map_or("cross_entropy", kind), step);
+            })?,
+            Pass::Update(step) => {
+                self.adam(plan, step)?;
+                over("adam", None);
+            }
+        }
+        Ok(marks)
     }
 
     fn counters(&mut self) -> Result<Counters> {

@@ -15,7 +15,8 @@ use super::lower::{self, Program, Target};
 use super::prepared::{Prepared, Reservation};
 use super::variants::{Expanded, Variants};
 use crate::backend::{
-    AdamStep, Backend, Counters, Images, Mark, Output, Precision, Rgb, State, Work,
+    AdamStep, Backend, CommandMarks, Counters, Images, Mark, Output, Pass, Precision, Rgb, State,
+    Work,
 };
 use crate::error::{Error, Result};
 use crate::graph::passes::Rewrites;
@@ -154,6 +155,31 @@ impl<D: GpuDevice> GpuBackend<D> {
         device.submit(sequence, commands(&prepared.program))
     }
 
+    fn check_backward(&mut self, plan: &Plan) -> Result<()> {
+        if plan.mode != Mode::Training {
+            return Err(Error::Usage("backward needs a plan made for training".into()));
+        }
+        let prepared = self.parts()?.1;
+        if prepared.labels_written {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            node: "labels".into(),
+            expected: format!("{} labels, written before the backward", prepared.pixels),
+            found: "none".into(),
+        })
+    }
+
+    /// Puts the setting of the next update in its place.
+    fn set_update(&mut self, plan: &Plan, step: AdamStep) -> Result<()> {
+        if plan.mode != Mode::Training {
+            return Err(Error::Usage("an update needs a plan made for training".into()));
+        }
+        let (device, prepared) = self.parts()?;
+        let hyper = Hyper::from(step);
+        device.upload(Hyper::place(prepared.memory.control), bytemuck::bytes_of(&hyper))
+    }
+
     /// Makes the stem read 8-bit RGB from now on, if it can, and says where that belongs.
     fn set_rgb(&mut self, plan: &Plan, rgb: &Rgb) -> Result<Option<Place>> {
         rgb.check(plan.input.shape)?;
@@ -168,6 +194,13 @@ impl<D: GpuDevice> GpuBackend<D> {
             prepared.normalisation = Some(wanted);
         }
         Ok(Some(values.into()))
+    }
+}
+
+fn run(device: &mut impl GpuDevice, command: &Command) -> Result<()> {
+    match command {
+        Command::Launch(launch) => device.launch(launch),
+        Command::Gemm(gemm) => device.gemm(gemm),
     }
 }
 
@@ -206,6 +239,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
         let mut reserved = Reservation::new(&mut self.device);
         let memory = reserved.memory(plan, target)?;
         let program = lower::lower(plan, &memory, target)?;
+        reserved.load(&program)?;
         if variants.expanded == Expanded::Bytes && program.in_bytes == 0 {
             check_no_bytes(plan, element)?;
         }
@@ -359,14 +393,38 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
 
     fn forward_step(&mut self, _plan: &Plan, index: usize) -> Result<()> {
         let (device, prepared) = self.parts()?;
-        let commands = match &prepared.program.stem_rgb {
-            Some(stem) if prepared.is_rgb && index == 0 => stem,
-            _ => prepared.program.step(index),
+        let commands = prepared.step(index);
+        commands.iter().try_for_each(|command| run(device, command))
+    }
+
+    fn run_marked(&mut self, plan: &Plan, pass: Pass) -> Result<Vec<CommandMarks>> {
+        match pass {
+            Pass::Forward => {}
+            Pass::Backward => self.check_backward(plan)?,
+            Pass::Update(step) => self.set_update(plan, step)?,
+        }
+        let (device, prepared) = self.parts()?;
+        let program = &prepared.program;
+        let commands: Vec<(&Command, Option<usize>)> = match pass {
+            Pass::Forward => (0..program.step_ends.len())
+                .flat_map(|i| prepared.step(i).iter().map(move |command| (command, Some(i))))
+                .collect(),
+            Pass::Backward => {
+                let commands = program.backward.iter().enumerate();
+                commands.map(|(i, command)| (command, program.backward_step(i))).collect()
+            }
+            Pass::Update(_) => program.update.iter().map(|command| (command, None)).collect(),
         };
-        commands.iter().try_for_each(|command| match command {
-            Command::Launch(launch) => device.launch(launch),
-            Command::Gemm(gemm) => device.gemm(gemm),
-        })
+        let mut begun = device.mark()?;
+        let marked = |(command, step): (&Command, Option<usize>)| {
+            run(device, command)?;
+            let done = device.mark()?;
+            let kernel = command.kernel().unwrap_or("gemm");
+            let marks = CommandMarks { kernel, step, begun, done };
+            begun = done;
+            Ok(marks)
+        };
+        commands.into_iter().map(marked).collect()
     }
 
     fn forward(&mut self, _plan: &Plan) -> Result<()> {
@@ -396,17 +454,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
     }
 
     fn backward(&mut self, plan: &Plan) -> Result<()> {
-        if plan.mode != Mode::Training {
-            return Err(Error::Usage("backward needs a plan made for training".into()));
-        }
-        let prepared = self.parts()?.1;
-        if !prepared.labels_written {
-            return Err(Error::Shape {
-                node: "labels".into(),
-                expected: format!("{} labels, written before the backward", prepared.pixels),
-                found: "none".into(),
-            });
-        }
+        self.check_backward(plan)?;
         self.run(BACKWARD, |program| &program.backward)
     }
 
@@ -428,12 +476,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
     }
 
     fn adam(&mut self, plan: &Plan, step: AdamStep) -> Result<()> {
-        if plan.mode != Mode::Training {
-            return Err(Error::Usage("an update needs a plan made for training".into()));
-        }
-        let (device, prepared) = self.parts()?;
-        let hyper = Hyper::from(step);
-        device.upload(Hyper::place(prepared.memory.control), bytemuck::bytes_of(&hyper))?;
+        self.set_update(plan, step)?;
         self.run(UPDATE, |program| &program.update)
     }
 

@@ -172,6 +172,15 @@ pub trait GpuDevice: Send {
     /// What the driver says.
     fn zero(&mut self, at: Place, bytes: usize) -> Result<()>;
 
+    /// Makes these kernels ready, which may take seconds, so that no launch has to.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel) with the file of a kernel and what the compiler says.
+    fn load(&mut self, kernels: &[&'static str]) -> Result<()> {
+        let _ = kernels;
+        Ok(())
+    }
+
     /// Launches a kernel.
     ///
     /// # Errors

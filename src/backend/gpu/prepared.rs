@@ -68,6 +68,12 @@ impl<'a, D: GpuDevice> Reservation<'a, D> {
         Ok(buffer)
     }
 
+    /// Makes the kernels of a program ready.
+    pub(super) fn load(&mut self, program: &Program) -> Result<()> {
+        let kernels: Vec<&'static str> = program.all().filter_map(Command::kernel).collect();
+        self.device.load(&kernels)
+    }
+
     /// Everything that the commands of a plan refer to.
     pub(super) fn memory(&mut self, plan: &Plan, target: Target) -> Result<Memory> {
         let training = plan.mode == Mode::Training;
@@ -121,6 +127,14 @@ impl<D: GpuDevice> Drop for Reservation<'_, D> {
 }
 
 impl Prepared {
+    /// Commands of a forward step over the input at hand.
+    pub(super) fn step(&self, index: usize) -> &[Command] {
+        match &self.program.stem_rgb {
+            Some(stem) if self.is_rgb && index == 0 => stem,
+            _ => self.program.step(index),
+        }
+    }
+
     /// Where a forward pass leaves its result, and its bytes.
     pub(super) fn result(&self, plan: &Plan) -> (Place, usize) {
         match plan.mode {

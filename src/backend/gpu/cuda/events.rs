@@ -5,8 +5,8 @@ use std::time::Duration;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUresult, CUstream};
 
-/// Events in use at a time: more than any pass over a network has steps. The oldest is used again.
-const RING: u32 = 4096;
+/// Events in use at a time: several times the commands of a training step. The oldest is used again.
+const RING: u32 = 16384;
 
 /// A ring of events, made as they are needed; the context must be current whenever it is used or
 /// dropped.

@@ -11,6 +11,7 @@ use cudarc::driver::sys::{CUdeviceptr, CUevent, CUevent_flags, CUevent_wait_flag
 use cudarc::driver::{CudaContext, CudaStream};
 
 use super::super::LANES;
+use super::helpers::Helpers;
 use super::transfer::Pinned;
 use super::{Memory, kernel_error, reserve};
 use crate::error::{Error, Result};
@@ -76,19 +77,26 @@ impl Lanes {
         Ok(Lanes { up: both()?, down: both()?, uploads, downloads })
     }
 
-    pub(super) fn send(&mut self, lane: usize, bytes: &[u8]) -> Result<()> {
+    pub(super) fn send(&mut self, helpers: &Helpers, lane: usize, bytes: &[u8]) -> Result<()> {
         let way = &mut self.up[lane];
         if way.bytes.is_some() {
             return Err(misused("send", format!("lane {lane} was not delivered")));
         }
         let address = way.reserve(bytes.len())?;
         let host = way.host.bytes(bytes.len());
-        host.copy_from_slice(bytes);
         let stream = self.uploads.cu_stream();
-        let copy = || unsafe {
-            wait(stream, way.moved)?;
-            result::memcpy_htod_async(address, host, stream)?;
-            result::event::record(way.copied, stream)
+        let mut copy = || {
+            unsafe { wait(stream, way.moved)? };
+            let copied = helpers.fill(
+                host,
+                |range, host| host.copy_from_slice(&bytes[range]),
+                |first, host| unsafe {
+                    result::memcpy_htod_async(address + first as u64, host, stream)
+                },
+            );
+            // Also after an error: pieces before it are under way.
+            let recorded = unsafe { result::event::record(way.copied, stream) };
+            copied.and(recorded)
         };
         copy().map_err(|error| kernel_error("send", "failed", error))?;
         way.bytes = Some(bytes.len());
@@ -143,6 +151,7 @@ impl Lanes {
     /// Errors of earlier commands come as the driver's.
     pub(super) fn receive(
         &mut self,
+        helpers: &Helpers,
         lane: usize,
         out: &mut [u8],
     ) -> Result<std::result::Result<(), DriverError>> {
@@ -154,7 +163,7 @@ impl Lanes {
         }
         let over = unsafe { result::event::synchronize(way.copied) };
         if over.is_ok() {
-            out.copy_from_slice(way.host.bytes(bytes));
+            helpers.copy(way.host.bytes(bytes), out);
         }
         Ok(over)
     }

@@ -8,6 +8,7 @@
 
 mod blas;
 mod events;
+mod helpers;
 mod lanes;
 mod modules;
 mod probe;
@@ -29,8 +30,11 @@ use cudarc::driver::{CudaContext, CudaGraph, CudaStream};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+pub use self::modules::on_compiling;
+
 use self::blas::Blas;
 use self::events::Events;
+use self::helpers::Helpers;
 use self::lanes::Lanes;
 use self::modules::{Gpu, Kernels};
 use self::probe::unusable;
@@ -48,6 +52,7 @@ pub struct CudaDevice {
     blas: Blas,
     kernels: Kernels,
     staging: Staging,
+    helpers: Helpers,
     events: Events,
     lanes: Lanes,
     memory: Vec<Option<Memory>>,
@@ -95,8 +100,8 @@ impl Drop for Memory {
 }
 
 impl CudaDevice {
-    /// Opens the GPU and lets the driver compile the kernels for it (it keeps the result on disk,
-    /// so that only the first time takes seconds).
+    /// Opens the GPU and sees that the driver compiles for it; which kernels it does compile, and keeps
+    /// on disk, is for [`GpuDevice::load`] to say.
     ///
     /// # Errors
     /// [`Error::Device`] naming what is missing or too old, and the remedy.
@@ -114,7 +119,7 @@ impl CudaDevice {
         let total = context.total_mem().map_err(failed)?;
 
         let gpu = Gpu { name, capability, driver };
-        let kernels = Kernels::load(&gpu, shared_limit)?;
+        let kernels = Kernels::open(context.clone(), gpu, shared_limit)?;
         let stream = context.new_stream().map_err(failed)?;
         let staging = Staging::new().map_err(failed)?;
         let lanes = Lanes::new(&context).map_err(failed)?;
@@ -131,17 +136,21 @@ impl CudaDevice {
         let archs: Vec<String> = kernels.archs.iter().map(|arch| format!("sm_{arch}")).collect();
         let description = format!(
             "{}, sm_{capability}, {:.1} GiB, driver for CUDA {}.{}, kernels for {}",
-            gpu.name,
+            kernels.gpu(),
             total as f64 / (1u64 << 30) as f64,
             driver.0,
             driver.1,
             archs.join(" and ")
         );
+        let identity =
+            format!("{}, sm_{capability}, {}", kernels.gpu(), probe::driver_release(driver));
+        let card = cards::find(kernels.gpu());
         Ok(CudaDevice {
             sequences: HashMap::new(),
             blas,
             kernels,
             staging,
+            helpers: Helpers::default(),
             events: Events::default(),
             lanes,
             memory: Vec::new(),
@@ -149,8 +158,8 @@ impl CudaDevice {
             stream,
             context,
             description,
-            identity: format!("{}, sm_{capability}, {}", gpu.name, probe::driver_release(driver)),
-            card: cards::find(&gpu.name),
+            identity,
+            card,
             capability,
             shared_limit,
             multiprocessors,
@@ -189,11 +198,12 @@ impl CudaDevice {
         &mut self,
         to: Place,
         len: usize,
-        fill: impl Fn(Range<usize>, &mut [u8]),
+        fill: impl Fn(Range<usize>, &mut [u8]) + Sync,
     ) -> Result<()> {
         self.bind()?;
         let address = self.address(to, len)?;
-        let copied = self.staging.upload(self.stream.cu_stream(), address, len, fill);
+        let stream = self.stream.cu_stream();
+        let copied = self.staging.upload(&self.helpers, stream, address, len, fill);
         copied.map_err(|error| self.late(error))
     }
 
@@ -307,13 +317,14 @@ impl GpuDevice for CudaDevice {
     fn download(&mut self, from: Place, bytes: &mut [u8]) -> Result<()> {
         self.bind()?;
         let address = self.address(from, bytes.len())?;
-        let copied = self.staging.download(self.stream.cu_stream(), address, bytes);
+        let stream = self.stream.cu_stream();
+        let copied = self.staging.download(&self.helpers, stream, address, bytes);
         copied.map_err(|error| self.late(error))
     }
 
     fn send(&mut self, lane: usize, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        self.lanes.send(lane, bytes)
+        self.lanes.send(&self.helpers, lane, bytes)
     }
 
     fn deliver(&mut self, lane: usize, to: Place) -> Result<()> {
@@ -330,7 +341,7 @@ impl GpuDevice for CudaDevice {
 
     fn receive(&mut self, lane: usize, out: &mut [u8]) -> Result<()> {
         self.bind()?;
-        self.lanes.receive(lane, out)?.map_err(|error| self.late(error))
+        self.lanes.receive(&self.helpers, lane, out)?.map_err(|error| self.late(error))
     }
 
     fn zero(&mut self, at: Place, bytes: usize) -> Result<()> {
@@ -339,6 +350,11 @@ impl GpuDevice for CudaDevice {
         let stream = self.stream.cu_stream();
         let filled = unsafe { result::memset_d8_async(address, 0, bytes, stream) };
         filled.map_err(|error| kernel_error("memset", "cannot be launched", error))
+    }
+
+    fn load(&mut self, kernels: &[&'static str]) -> Result<()> {
+        self.bind()?;
+        self.kernels.load(kernels.iter().copied())
     }
 
     fn launch(&mut self, launch: &Launch) -> Result<()> {
@@ -383,6 +399,8 @@ impl GpuDevice for CudaDevice {
         if let Some(Sequence::Known) = self.sequences.get(&sequence)
             && self.use_graphs
         {
+            // Nothing may be loaded while the stream records.
+            self.kernels.load(commands.iter().filter_map(Command::kernel))?;
             let graph = self.capture(commands)?;
             self.sequences.insert(sequence, Sequence::Graph(graph));
         }

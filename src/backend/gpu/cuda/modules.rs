@@ -1,8 +1,17 @@
-//! The kernels in the binary: PTX by file and architecture, compiled by the driver when opened.
+//! The kernels in the binary: PTX by file and architecture, compiled by the driver kernel by kernel, when
+//! one is first wanted and several at a time: all of them take some twenty seconds of one core, those of
+//! a plan a second or two. The driver keeps what it made on disk.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::num::NonZero;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
 
+use cudarc::driver::CudaContext;
 use cudarc::driver::result;
 use cudarc::driver::sys::{
     self, CUfunction, CUfunction_attribute_enum as FunctionAttribute, CUjit_option, CUmodule,
@@ -12,6 +21,20 @@ use cudarc::driver::sys::{
 use super::probe::{check_driver, unusable};
 use super::{driver_words, kernel_error};
 use crate::error::{Error, Result};
+
+/// Compiling goes this long without a word.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Of a thread that compiles; the driver's compiler is used to a main thread's.
+const STACK: usize = 16 << 20;
+
+/// Who is told that kernels are being compiled.
+static LISTENER: OnceLock<fn(&str)> = OnceLock::new();
+
+/// Sets who is told, with the GPU's name, that its kernels are being compiled and that it takes a while;
+/// the first call counts. Nobody is told otherwise.
+pub fn on_compiling(listener: fn(&str)) {
+    let _ = LISTENER.set(listener);
+}
 
 /// PTX of one kernel file for one architecture.
 pub(super) struct Module {
@@ -46,13 +69,35 @@ pub(super) struct Function {
     pub(super) waits: bool,
 }
 
-/// Every kernel of the binary, loaded for one GPU.
+/// The kernels of the binary for one GPU, as far as they were wanted.
 pub(super) struct Kernels {
-    modules: Vec<CUmodule>,
+    context: Arc<CudaContext>,
+    gpu: Gpu,
+    shared_limit: usize,
+    sources: HashMap<&'static str, Source>,
     functions: HashMap<&'static str, Function>,
+    modules: Vec<CUmodule>,
     /// Architectures of the PTX in use, ascending.
     pub(super) archs: Vec<u32>,
 }
+
+/// Where a kernel is compiled from.
+struct Source {
+    module: &'static Module,
+    /// All kernels of that file.
+    kernels: Arc<[Range<usize>]>,
+    /// Which of them it is.
+    index: usize,
+    waits: bool,
+}
+
+/// What a thread that compiles hands back; only the driver looks into the handles.
+struct Compiled {
+    module: CUmodule,
+    function: CUfunction,
+}
+
+unsafe impl Send for Compiled {}
 
 impl Kernels {
     /// Whether the binary holds any.
@@ -60,32 +105,141 @@ impl Kernels {
         !MODULES.is_empty()
     }
 
-    /// Loads the best PTX of every kernel file for a GPU, and lets kernels use up to `shared_limit`
-    /// bytes of shared memory per block. The context must be current.
-    pub(super) fn load(gpu: &Gpu, shared_limit: usize) -> Result<Self> {
-        let mut kernels =
-            Kernels { modules: Vec::new(), functions: HashMap::new(), archs: Vec::new() };
-        for module in select(MODULES, gpu)? {
-            let handle = load_module(module)?;
-            kernels.modules.push(handle);
-            for (entry, body) in bodies(module.ptx) {
-                let handle = load_function(handle, entry, shared_limit)?;
+    /// Takes the best PTX of every kernel file for a GPU, whose kernels may use up to `shared_limit` bytes
+    /// of shared memory per block, and loads the smallest kernel of the newest to see that the driver
+    /// takes it.
+    pub(super) fn open(context: Arc<CudaContext>, gpu: Gpu, shared_limit: usize) -> Result<Self> {
+        let chosen = select(MODULES, &gpu)?;
+        let mut sources = HashMap::new();
+        for module in &chosen {
+            let kernels: Arc<[Range<usize>]> = kernels_in(module.ptx).into();
+            for (index, (entry, body)) in bodies(module.ptx).enumerate() {
                 let waits = body.contains("griddepcontrol.wait");
-                kernels.functions.insert(entry, Function { handle, waits });
+                sources.insert(entry, Source { module, kernels: kernels.clone(), index, waits });
             }
-            kernels.archs.push(module.arch);
         }
-        kernels.archs.sort_unstable();
-        kernels.archs.dedup();
+        let mut archs: Vec<u32> = chosen.iter().map(|module| module.arch).collect();
+        archs.sort_unstable();
+        archs.dedup();
+        let (functions, modules) = (HashMap::new(), Vec::new());
+        let mut kernels =
+            Kernels { context, gpu, shared_limit, sources, functions, modules, archs };
+        kernels.probe()?;
         Ok(kernels)
     }
 
-    /// A kernel by the name of its entry point.
-    pub(super) fn get(&self, kernel: &str) -> Result<Function> {
-        self.functions.get(kernel).copied().ok_or_else(|| Error::Kernel {
-            kernel: kernel.into(),
-            problem: "is not in this binary; build again (kernels/*.cu and code disagree)".into(),
-        })
+    fn probe(&mut self) -> Result<()> {
+        let age = |source: &Source| std::cmp::Reverse((source.module.cuda, source.module.arch));
+        let probe = self.sources.iter().min_by_key(|(entry, source)| {
+            (age(source), source.kernels[source.index].len(), **entry)
+        });
+        let probe = probe.map(|(entry, _)| *entry);
+        self.load(probe)
+    }
+
+    /// What the GPU is called.
+    pub(super) fn gpu(&self) -> &str {
+        &self.gpu.name
+    }
+
+    /// Loads those that are not yet, at the same time. The context must be current. Of several that cannot
+    /// be loaded the error names the one with the most text.
+    pub(super) fn load(&mut self, kernels: impl IntoIterator<Item = &'static str>) -> Result<()> {
+        let mut missing: Vec<&'static str> = kernels.into_iter().collect();
+        missing.sort_unstable();
+        missing.dedup();
+        missing.retain(|kernel| !self.functions.contains_key(kernel));
+        let mut wanted = Vec::new();
+        for kernel in missing {
+            let source = self.sources.get(kernel).ok_or_else(|| Error::Kernel {
+                kernel: kernel.into(),
+                problem: "is not in this binary; build again (kernels/*.cu and code disagree)"
+                    .into(),
+            })?;
+            wanted.push((kernel, source));
+        }
+        // The longest first: what is left for the end is short.
+        wanted.sort_by_key(|(_, source)| std::cmp::Reverse(source.kernels[source.index].len()));
+        let compile = |index: usize| -> Result<Compiled> {
+            let (kernel, source) = wanted[index];
+            source.compile(kernel, self.shared_limit)
+        };
+        let done = self.all(wanted.len(), &compile);
+        let entries: Vec<_> =
+            wanted.iter().map(|(kernel, source)| (*kernel, source.waits)).collect();
+        let mut failed = None;
+        for ((kernel, waits), compiled) in entries.into_iter().zip(done) {
+            match compiled {
+                Some(Ok(Compiled { module, function: handle })) => {
+                    self.modules.push(module);
+                    self.functions.insert(kernel, Function { handle, waits });
+                }
+                Some(Err(error)) if failed.is_none() => failed = Some(error),
+                // Left out behind one that failed.
+                Some(Err(_)) | None => {}
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// The results of so many jobs, by several threads where there are several. All jobs before one that
+    /// fails are done.
+    fn all(
+        &self,
+        jobs: usize,
+        job: &(dyn Fn(usize) -> Result<Compiled> + Sync),
+    ) -> Vec<Option<Result<Compiled>>> {
+        let done: Mutex<Vec<Option<Result<Compiled>>>> =
+            Mutex::new((0..jobs).map(|_| None).collect());
+        let (next, end) = (AtomicUsize::new(0), AtomicUsize::new(jobs));
+        let work = || {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index >= end.load(Ordering::Relaxed) {
+                    return;
+                }
+                let result = job(index);
+                if result.is_err() {
+                    end.fetch_min(index, Ordering::Relaxed);
+                }
+                done.lock().unwrap_or_else(PoisonError::into_inner)[index] = Some(result);
+            }
+        };
+        let workers = thread::available_parallelism().map_or(1, NonZero::get).min(jobs);
+        if jobs > 1 {
+            thread::scope(|scope| {
+                let (started, over) = mpsc::channel::<()>();
+                for _ in 0..workers {
+                    let (started, context, work) = (started.clone(), &self.context, &work);
+                    // Where no thread can be had the work is done below; a context that is lost says
+                    // so there, too.
+                    let _ =
+                        thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || {
+                            if context.bind_to_thread().is_ok() {
+                                work();
+                            }
+                            drop(started);
+                        });
+                }
+                drop(started);
+                if let Err(mpsc::RecvTimeoutError::Timeout) = over.recv_timeout(PATIENCE)
+                    && let Some(tell) = LISTENER.get()
+                {
+                    tell(&self.gpu.name);
+                }
+            });
+        }
+        work();
+        done.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A kernel by the name of its entry point, loaded now if it is not yet.
+    pub(super) fn get(&mut self, kernel: &'static str) -> Result<Function> {
+        if let Some(function) = self.functions.get(kernel) {
+            return Ok(*function);
+        }
+        self.load([kernel])?;
+        Ok(self.functions[kernel])
     }
 }
 
@@ -96,6 +250,48 @@ impl Drop for Kernels {
             let _ = unsafe { result::module::unload(*module) };
         }
     }
+}
+
+impl Source {
+    fn compile(&self, kernel: &'static str, shared_limit: usize) -> Result<Compiled> {
+        let module = load_module(self.module, &alone(self.module.ptx, &self.kernels, self.index))?;
+        match load_function(module, kernel, shared_limit) {
+            Ok(function) => Ok(Compiled { module, function }),
+            Err(error) => {
+                // The first error says more.
+                let _ = unsafe { result::module::unload(module) };
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Where the kernels of a PTX file lie in it, each from its directive to its closing brace.
+fn kernels_in(ptx: &str) -> Vec<Range<usize>> {
+    let kernel = |(at, _): (usize, &str)| {
+        let start = ptx[..at].rfind('\n').map_or(0, |newline| newline + 1);
+        // Assembly written by hand may have braces of its own, at the start of a line, too.
+        let mut open = 0;
+        let mut braces = ptx[at..].match_indices(['{', '}']);
+        let end = braces.find_map(|(offset, brace)| {
+            open += if brace == "{" { 1 } else { -1 };
+            (open == 0).then_some(at + offset + 1)
+        });
+        let end = end.unwrap_or(ptx.len());
+        start..end
+    };
+    ptx.match_indices(".entry ").map(kernel).collect()
+}
+
+/// A PTX file with one of its kernels only, and all that is beside them.
+fn alone(ptx: &str, kernels: &[Range<usize>], index: usize) -> String {
+    let others = kernels.iter().enumerate().filter(|(other, _)| *other != index);
+    let (mut image, mut from) = (String::new(), 0);
+    for (_, other) in others {
+        image += &ptx[from..other.start];
+        from = other.end;
+    }
+    image + &ptx[from..]
 }
 
 /// The newest PTX of each file that the GPU can run and the driver can read.
@@ -130,9 +326,9 @@ fn bodies(ptx: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-fn load_module(module: &Module) -> Result<CUmodule> {
+fn load_module(module: &Module, image: &str) -> Result<CUmodule> {
     let name = || format!("kernels/{}.cu (PTX for sm_{})", module.name, module.arch);
-    let image = CString::new(module.ptx).map_err(|_| Error::Kernel {
+    let image = CString::new(image).map_err(|_| Error::Kernel {
         kernel: name(),
         problem: "its PTX holds a zero byte".into(),
     })?;
@@ -193,6 +389,23 @@ mod tests {
         assert_eq!(found, ["scale_f32", "fill"]);
     }
 
+    #[test]
+    fn a_kernel_is_cut_out_with_what_is_beside_it() {
+        let text = PTX.replacen("{\n}", "{\n{ // by hand\n}\n}", 1) + ".func helper()\n{\n}\n";
+        let kernels = kernels_in(&text);
+        let scale = alone(&text, &kernels, 0);
+        assert!(
+            scale.starts_with(".version 9.0\n.target sm_75\n") && scale.contains(".func helper")
+        );
+        assert!(
+            scale.contains(".param .u64 scale_f32_param_0") && !scale.contains("fill"),
+            "{scale}"
+        );
+        let fill = alone(&text, &kernels, 1);
+        assert!(fill.contains(".entry fill()\n{\n}\n.func helper"), "{fill}");
+        assert!(!fill.contains("scale_f32("), "{fill}");
+    }
+
     fn module(name: &'static str, arch: u32, cuda: (u32, u32)) -> Module {
         Module { name, arch, cuda, ptx: PTX }
     }
@@ -235,6 +448,13 @@ mod tests {
             assert!(module.ptx.contains(&target), "{}: {target}", module.name);
             for (entry, _) in bodies(module.ptx) {
                 assert!(seen.insert((entry, module.arch)), "{entry} is defined twice");
+            }
+            let kernels = kernels_in(module.ptx);
+            for (index, (entry, _)) in bodies(module.ptx).enumerate() {
+                let image = alone(module.ptx, &kernels, index);
+                let found: Vec<&str> = bodies(&image).map(|(name, _)| name).collect();
+                let count = |c: char| image.matches(c).count();
+                assert!(found == [entry] && count('{') == count('}'), "{entry}: {found:?}");
             }
         }
     }

@@ -83,6 +83,16 @@ pub enum Command {
     Gemm(Gemm),
 }
 
+impl Command {
+    /// The kernel that is launched, of a launch.
+    pub fn kernel(&self) -> Option<&'static str> {
+        match self {
+            Command::Launch(launch) => Some(launch.kernel),
+            Command::Gemm(_) => None,
+        }
+    }
+}
+
 /// Pixels of a block in elementwise kernels: 256 threads, PIXELS_PER_THREAD (common.cuh) each.
 const ELEMENTWISE_PIXELS: usize = 1024;
 /// Pixels of a block in reductions: REDUCTION_PIXELS of common.cuh.

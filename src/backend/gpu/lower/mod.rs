@@ -67,6 +67,8 @@ pub struct Program {
     pub labels: Vec<Command>,
     /// Loss and gradients ([`Mode::Training`]).
     pub backward: Vec<Command>,
+    /// Ends in `backward` of the loss's commands and of each step's, the last step first.
+    pub backward_ends: Vec<usize>,
     /// Adam from the gradients at hand ([`Mode::Training`]).
     pub update: Vec<Command>,
     /// Expanded tensors that are kept in 8 bits.
@@ -85,6 +87,21 @@ impl Program {
         let stem = self.stem_rgb.as_ref()?;
         let rest = &self.forward[*self.step_ends.first()?..];
         Some(stem.iter().chain(rest).cloned().collect())
+    }
+
+    /// The step that a command of `backward` belongs to; none of the loss's and of the last ones, for all
+    /// parameters.
+    pub fn backward_step(&self, command: usize) -> Option<usize> {
+        let before = self.backward_ends.partition_point(|end| *end <= command);
+        let steps = self.backward_ends.len().checked_sub(1)?;
+        if before == 0 { None } else { steps.checked_sub(before) }
+    }
+
+    /// Every command, of whatever pass.
+    pub fn all(&self) -> impl Iterator<Item = &Command> {
+        let stem = self.stem_rgb.iter().flatten();
+        let rest = [&self.forward, &self.labels, &self.backward, &self.update];
+        stem.chain(rest.into_iter().flatten())
     }
 
     /// Commands of one forward step.
@@ -165,9 +182,11 @@ pub fn lower(plan: &Plan, memory: &Memory, target: Target) -> Result<Program> {
         lowering.scratch_held = 0;
         lowering.scratch = 0;
         backward::loss(&mut lowering);
+        program.backward_ends.push(lowering.commands.len());
         for step in plan.steps.iter().rev() {
             lowering.scratch = 0;
             backward::step(&mut lowering, step);
+            program.backward_ends.push(lowering.commands.len());
         }
         backward::unscale(&mut lowering);
         program.backward = std::mem::take(&mut lowering.commands);
