@@ -14,7 +14,8 @@
 //   3. Where the labels have twice the scores' size, the four labels between four pixels are made by a
 //      thread together and the tiles begin in the middle of two pixels: 2 x 2 scores are read once for
 //      four labels, and a tile's halo is smaller. A label by itself otherwise.
-// All positions come from tables of a tile's rows and columns, made before the kernel has to wait.
+// All positions come from tables of a tile's rows and columns, made before the kernel has to wait. So
+// are the first pixels loaded: x1 and x2 were complete when decoder_sums let this kernel start.
 // Bytes: x1 1.2 times and x2 1.7 times with their halos, mostly out of L2, t, a byte per label. FLOPs:
 // 2 (channels + 4) (classes + 1) per pixel of z and scores, 8 classes per label.
 // Shared: 81 bytes per pixel of z and of scores, the maps: 43 KB in f16, 44 KB in f32, for factors of
@@ -96,7 +97,8 @@ __device__ __forceinline__ float4 gated_sum(float4 v, float4 shift, float gate, 
 constexpr int CHUNK = 32, CHUNK_PITCH = GROUP + HALF_PAD;
 static_assert(CHUNK * CHUNK_PITCH * 2 <= SLOT * 4, "a chunk of x");
 
-// The next up to CHUNK channels of a lane's pixel.
+// The next up to CHUNK channels of a lane's pixel; out of L2, since the first ones are read before the
+// kernel waits for the one before it.
 __device__ __forceinline__ void stage_chunk(const __half* x, int plane, int count, bool inside,
                                             float* slot) {
     constexpr int AT_ONCE = 16;
@@ -106,7 +108,7 @@ __device__ __forceinline__ void stage_chunk(const __half* x, int plane, int coun
         __half v[AT_ONCE];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            v[j] = inside && j0 + j < count ? *x : __float2half(0.0f);
+            v[j] = inside && j0 + j < count ? __ldcg(x) : __float2half(0.0f);
             x += plane;
         }
 #pragma unroll
@@ -330,10 +332,6 @@ __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RES
     // Beginning with the last threads: the first ones have the others.
     fill_taps(taps1, fine, h1, w1, h2, w2, coarse.y0, coarse.x0, coarse.columns(),
               TILE_THREADS - 1 - threadIdx.x);
-    wait_for_previous();
-
-    copy_map(map2 + static_cast<size_t>(blockIdx.z) * map2_len, map2_len, staged2);
-    copy_map(map1 + static_cast<size_t>(blockIdx.z) * map1_len, map1_len, staged1);
     const float* shifts2 = MapLayout<T>::shifts(staged2, c2);
     const float* shifts1 = MapLayout<T>::shifts(staged1, c1);
     const int groups2 = coarse.groups(), groups = groups2 + fine.groups();
@@ -359,6 +357,9 @@ __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RES
         float* slot = shared + group * SLOT;
         if (group < groups) stage_chunk(x, plane, channels, inside, slot);
         if (first) {
+            wait_for_previous();
+            copy_map(map2 + static_cast<size_t>(blockIdx.z) * map2_len, map2_len, staged2);
+            copy_map(map1 + static_cast<size_t>(blockIdx.z) * map1_len, map1_len, staged1);
             copies_done();
             __syncthreads();
             first = false;
@@ -423,7 +424,7 @@ __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RES
 }  // namespace
 
 // low_h .. out_w: sizes of t, x2, x1 and the labels; map2_len, map1_len: elements from one image's map
-// to the next one's, whole 16 bytes.
+// to the next one's.
 extern "C" __global__ void __launch_bounds__(256, BLOCKS)
     decoder_labels_f32(const float* t, const float* x2, const float* x1, const float* map2,
                        const float* map1, unsigned char* labels, int act2, int act1, int classes,

@@ -703,7 +703,6 @@ __device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared&
     float* gathered = across + TILE_H * LOW_W;
     float* sums = gathered + LOW_ROWS * LOW_W;
     float* gates = sums + op.pitch();
-    start_next();
     stage_t_map(op, t_map);
     if (threadIdx.x < MAP_ROWS) {
         const int r = threadIdx.x;
@@ -720,6 +719,8 @@ __device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared&
                   static_cast<size_t>(pixels.y) * op.low_w + pixels.x;
     const int low_at = (pixels.y - tile.row.from) * LOW_W + pixels.x - tile.low_x0;
     wait_for_previous();
+    // No earlier: decoder_labels.cu reads what kernels before this one wrote without waiting.
+    start_next();
 
     Eight<T> eights[S3_AT_ONCE<T>];
     fetch(s3, op.s_plane, threadIdx.x / 32, op.c3, pixels.count, s3_aligned, eights);
