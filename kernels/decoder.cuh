@@ -19,118 +19,97 @@ __device__ __forceinline__ void rows(const float* RESTRICT w, const float* RESTR
 
 // Rows of a module's map: class scores, and in the last one the spatial attention before its
 // non-linearity. So up to 19 classes.
-constexpr int MAP_ROWS = 20, GATE = MAP_ROWS - 1;
+constexpr int MAP_ROWS = 20, GATE = MAP_ROWS - 1, MAP_QUADS = MAP_ROWS / 4;
 
-// A map of `channels` values to MAP_ROWS, and what a warp has made with it of PIXELS pixels. A lane
-// holds, for one of the pixels, the rows row(0), row(1) .. row(STEPS - 1).
-template <typename T>
-struct PixelMap;
+// Pixels that a warp makes scores of at a time, and the shared memory for them: 20 rows of a pixel, then
+// those of the next one. Tensor cores write 24 rows, in tiles of 8: the last four of them go to the next
+// pixel, which gets its own afterwards, or behind the last one.
+constexpr int GROUP = 32, SLOT = GROUP * MAP_ROWS + 8, ROW_TILES = 3;
+using Rows = wmma::fragment<wmma::matrix_a, 8, GROUP, 16, __half, wmma::row_major>;
+using Columns = wmma::fragment<wmma::matrix_b, 8, GROUP, 16, __half, wmma::row_major>;
+using Scores = wmma::fragment<wmma::accumulator, 8, GROUP, 16, float>;
 
-// f32, CUDA cores: a pixel per lane. The map is [channels][MAP_ROWS], at 16 bytes' alignment.
-template <>
-struct PixelMap<float> {
-    static constexpr int PIXELS = 32, STEPS = MAP_ROWS, WARP_FLOATS = 0;
-    float sums[MAP_ROWS];
+// Pixel i's scores in a row of slots.
+__device__ __forceinline__ int slot_at(int i) {
+    return i * MAP_ROWS + i / GROUP * (SLOT - GROUP * MAP_ROWS);
+}
 
-    __device__ __forceinline__ void apply(const float* map, const float* x, int plane, int channels,
-                                          size_t pixel, bool inside, float*) {
+// acc += 24 rows of `map`, 16 columns of it, times `b`.
+__device__ __forceinline__ void multiply_rows(const __half* map, int pitch, const Columns& b,
+                                              Scores (&acc)[ROW_TILES]) {
 #pragma unroll
-        for (int r = 0; r < MAP_ROWS; ++r) sums[r] = 0.0f;
-        x += pixel;
-#pragma unroll 2
-        for (int k = 0; k < channels; ++k) {
-            const float v = inside ? *x : 0.0f;
-            x += plane;
-#pragma unroll
-            for (int r = 0; r < MAP_ROWS; r += 4) {
-                const float4 w = *reinterpret_cast<const float4*>(map + k * MAP_ROWS + r);
-                sums[r] += w.x * v;
-                sums[r + 1] += w.y * v;
-                sums[r + 2] += w.z * v;
-                sums[r + 3] += w.w * v;
-            }
-        }
+    for (int r = 0; r < ROW_TILES; ++r) {
+        Rows a;
+        wmma::load_matrix_sync(a, map + 8 * r * pitch, pitch);
+        wmma::mma_sync(acc[r], a, b, acc[r]);
     }
-    __device__ __forceinline__ int row(int i) const { return i; }
-    __device__ __forceinline__ float value(int i, const float*) const { return sums[i]; }
-    __device__ __forceinline__ float gate(const float*) const { return sums[GATE]; }
-    // Where element (r, k) of the map is, and the shifts of the rows behind it.
+}
+
+// How a map of `channels` values to MAP_ROWS lies in memory: element (r, k), and behind all of them what
+// is added to the rows (f32). Whole 16 bytes, and whole 32 for tensor cores.
+template <typename T>
+struct MapLayout;
+
+// [channels][MAP_ROWS]
+template <>
+struct MapLayout<float> {
     static __device__ __forceinline__ int at(int r, int k, int) { return k * MAP_ROWS + r; }
     static __device__ __forceinline__ const float* shifts(const float* map, int channels) {
         return map + channels * MAP_ROWS;
     }
 };
 
-// f16, tensor cores: 16 pixels, two lanes each, which have the even and the odd rows. The map is
-// [32][channels], channels a multiple of 16, at 32 bytes' alignment; what its rows from MAP_ROWS on
-// hold does not matter. `own`, the warp's: 32 channels of the pixels, then the sums.
+// [24][channels + HALF_PAD], as tensor cores read it from shared memory; channels are a multiple of 16.
+// What the rows from MAP_ROWS on hold does not matter.
 template <>
-struct PixelMap<__half> {
-    static constexpr int PIXELS = 16, STEPS = MAP_ROWS / 2, WARP_FLOATS = 20 * MAP_ROWS;
-    static constexpr int PITCH = PIXELS + HALF_PAD, SUM_PITCH = PIXELS + FLOAT_PAD, CHUNK = 32;
-    static_assert(CHUNK * PITCH * 2 <= WARP_FLOATS * 4, "a chunk of x");
-    static_assert(MAP_ROWS * SUM_PITCH <= WARP_FLOATS, "the sums");
-
-    __device__ __forceinline__ void apply(const __half* map, const __half* x, int plane,
-                                          int channels, size_t pixel, bool inside, float* own) {
-        const int lane = threadIdx.x % 32, p = lane % PIXELS, odd = lane / PIXELS;
-        __half* xs = reinterpret_cast<__half*>(own);
-        x += pixel;
-        Sums acc[2];
-        wmma::fill_fragment(acc[0], 0.0f);
-        wmma::fill_fragment(acc[1], 0.0f);
-#pragma unroll 1
-        for (int k0 = 0; k0 < channels; k0 += CHUNK) {
-            __syncwarp();
-#pragma unroll
-            for (int j = 0; j < CHUNK; j += 2) {
-                const int k = k0 + j + odd;
-                xs[(j + odd) * PITCH + p] = inside && k < channels
-                                                ? x[static_cast<size_t>(k) * plane]
-                                                : __float2half(0.0f);
-            }
-            __syncwarp();
-            // Both halves of the chunk at once spill on sm_70.
-#pragma unroll 1
-            for (int k = 0; k < CHUNK; k += 16) {
-                if (k0 + k >= channels) break;
-                FragmentB b;
-                wmma::load_matrix_sync(b, xs + k * PITCH, PITCH);
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    FragmentA a;
-                    wmma::load_matrix_sync(a, map + 16 * r * channels + k0 + k, channels);
-                    wmma::mma_sync(acc[r], a, b, acc[r]);
-                }
-            }
-        }
-        __syncwarp();
-        // Of the second tile four rows matter: there is no room for the others.
-        wmma::store_matrix_sync(own, acc[1], SUM_PITCH, wmma::mem_row_major);
-        __syncwarp();
-        const float third = own[2 * odd * SUM_PITCH + p];
-        const float fourth = own[(2 * odd + 1) * SUM_PITCH + p];
-        __syncwarp();
-        wmma::store_matrix_sync(own, acc[0], SUM_PITCH, wmma::mem_row_major);
-        own[(16 + 2 * odd) * SUM_PITCH + p] = third;
-        own[(17 + 2 * odd) * SUM_PITCH + p] = fourth;
-        __syncwarp();
-    }
-    __device__ __forceinline__ int row(int i) const {
-        return 2 * i + static_cast<int>(threadIdx.x) % 32 / PIXELS;
-    }
-    __device__ __forceinline__ float value(int i, const float* own) const {
-        return own[row(i) * SUM_PITCH + threadIdx.x % PIXELS];
-    }
-    __device__ __forceinline__ float gate(const float* own) const {
-        return own[GATE * SUM_PITCH + threadIdx.x % PIXELS];
-    }
+struct MapLayout<__half> {
     static __device__ __forceinline__ int at(int r, int k, int channels) {
-        return r * channels + k;
+        return r * (channels + HALF_PAD) + k;
     }
     static __device__ __forceinline__ const float* shifts(const __half* map, int channels) {
-        return reinterpret_cast<const float*>(map + 32 * channels);
+        return reinterpret_cast<const float*>(map + 8 * ROW_TILES * (channels + HALF_PAD));
     }
 };
+
+__device__ __forceinline__ float4 load_four(const float* from) {
+    return *reinterpret_cast<const float4*>(from);
+}
+__device__ __forceinline__ float4 load_four(const __half* from) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(from);
+    return {low_half(bits.x), high_half(bits.x), low_half(bits.y), high_half(bits.y)};
+}
+__device__ __forceinline__ void store_four(float* to, float4 v) {
+    *reinterpret_cast<float4*>(to) = v;
+}
+__device__ __forceinline__ void store_four(__half* to, float4 v) {
+    *reinterpret_cast<uint2*>(to) = uint2{pack_halves(v.x, v.y), pack_halves(v.z, v.w)};
+}
+
+// Copies `bytes` (4 or 16) into shared memory while the thread goes on; they are there for the block
+// behind copies_done() and a barrier. Past the first level of caches for 16 bytes.
+template <int BYTES>
+__device__ __forceinline__ void copy_ahead(void* to, const void* from) {
+    static_assert(BYTES == 4 || BYTES == 16, "sizes that kernels ask for");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    if (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
+    }
+#else
+    if (BYTES == 16) {
+        *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+    } else {
+        *static_cast<unsigned*>(to) = *static_cast<const unsigned*>(from);
+    }
+#endif
+}
+
+__device__ __forceinline__ void copies_done() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 
 }  // namespace

@@ -1,28 +1,33 @@
 // All that every pixel of the collapsed decoder has to wait for, in one launch
 // (graph/passes/collapse.rs; decoder.cu does the same in four):
 //   sa2 = act(w x2 + b), kept on chip; means over pixels of s3, x2, sa2 and of s3 under U^T sa2;
-//   t = B s3 + b, the high-level features as class scores;
+//   t = B s3 + b, the high-level features as class scores, MAP_ROWS to a pixel;
 //   with the means of the whole image the channel attentions of both modules, and with these the maps
 //   of both onto class scores, [A diag(ca) Wl; w], with the weights w of the spatial attention as one
 //   more row: what decoder_labels.cu reads.
 //
-// A block of 256 threads has 32 x 8 pixels of x2 and those of s3 at half the size around them: s3 is
-// linear in the weighted mean, so that a block adds up what its own pixels of sa2 weigh. It leaves one
-// partial sum per mean. The last block of an image to come adds these up, always in the same order
-// whichever block it is, and goes on to the gates. It is told by a counter per image, which goes back
-// to zero; so a launch can be replayed.
-// Bytes: x2 once, s3 once and 0.7 times again out of L2, t; 4 (2 c3 + c2 + 1) per block there and
-// back. FLOPs: per pixel 3 c2 + 1 of x2, 2 c3 (classes + 2) of s3. Tensor cores make t in f16.
+// A block of 512 threads has 32 x 8 pixels of x2 and those of s3 at half the size around them: s3 is
+// linear in the weighted mean, so that a block adds up what its own pixels of sa2 weigh. A lane has
+// eight neighbouring pixels, a warp every 16th channel, and all of a block's loads are under way before
+// the first of them is used. It leaves one partial sum per mean. The last block of an image to come adds
+// these up, always in the same order whichever block it is, and goes on to the gates; the weights of
+// the maps come to shared memory meanwhile. It is told by a counter per image, which goes back to zero;
+// so a launch can be replayed.
+// Bytes: x2 once, s3 once and half again out of L2, t; 4 (2 c3 + c2 + 1) per block there and back.
+// FLOPs: per pixel 3 c2 + 1 of x2, 2 c3 (classes + 2) of s3. Tensor cores make t in f16.
 // The end, one block's: 128 partial sums of 321 means at 1024 x 512, 30 k products of gates, 90 k of
-// maps. Shared: the largest of what the phases need, about 20 KB.
-// Launch: 256 threads, grid (tiles of x2, 1, N): launch::decoder_sums().
+// maps. Shared: the larger of what tiles and end need, 52 KB: launch::DecoderShape::tiling().
+// Launch: 512 threads, grid (tiles of x2, 1, N): launch::decoder_sums().
 #include "bilinear.cuh"
 #include "decoder.cuh"
 
 namespace {
 
-constexpr int TILE_W = 32, TILE_H = 8, WARPS = TILE_WARPS;
-static_assert(TILE_W * TILE_H == TILE_THREADS, "a thread per pixel of x2");
+constexpr int THREADS = 512, WARPS = THREADS / 32;
+constexpr int TILE_W = 32, TILE_H = 8, TILE_PIXELS = TILE_W * TILE_H;
+static_assert(TILE_PIXELS == 32 * 8, "a warp has the tile's pixels of a channel, eight to a lane");
+// Most rows of s3 around a tile, and columns from a multiple of 8 on.
+constexpr int LOW_ROWS = 7, LOW_W = 32;
 
 // A 1x1 convolution.
 struct Affine {
@@ -50,7 +55,102 @@ struct Decoder {
     int s_batch, s_plane, x_batch, x_plane;
 
     __device__ __forceinline__ int means() const { return 2 * c3 + two.in + 1; }
+    // Of partial sums, in whole quads.
+    __device__ __forceinline__ int pitch() const { return (means() + 3) / 4 * 4; }
 };
+
+// Eight neighbours of a plane as they are in memory.
+template <typename T>
+struct Eight {
+    static constexpr int WORDS = sizeof(T) / 2;
+    uint4 words[WORDS];
+
+    __device__ __forceinline__ void unpack(float (&v)[8]) const;
+};
+template <>
+__device__ __forceinline__ void Eight<__half>::unpack(float (&v)[8]) const {
+    v[0] = low_half(words[0].x), v[1] = high_half(words[0].x);
+    v[2] = low_half(words[0].y), v[3] = high_half(words[0].y);
+    v[4] = low_half(words[0].z), v[5] = high_half(words[0].z);
+    v[6] = low_half(words[0].w), v[7] = high_half(words[0].w);
+}
+template <>
+__device__ __forceinline__ void Eight<float>::unpack(float (&v)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        v[4 * i] = __uint_as_float(words[i].x), v[4 * i + 1] = __uint_as_float(words[i].y);
+        v[4 * i + 2] = __uint_as_float(words[i].z), v[4 * i + 3] = __uint_as_float(words[i].w);
+    }
+}
+
+__device__ __forceinline__ uint4 pack_four(const __half* v) {
+    const auto two = [v](int i) {
+        return __half_as_ushort(v[i]) | static_cast<unsigned>(__half_as_ushort(v[i + 1])) << 16;
+    };
+    return {two(0), two(2), two(4), two(6)};
+}
+__device__ __forceinline__ uint4 pack_four(const float* v) {
+    return {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+            __float_as_uint(v[3])};
+}
+
+// The lane's eight pixels of channels first, first + WARPS, ..: `count` of them exist, of others and
+// of channels beyond there are zeros. `aligned`: eight can be loaded at once wherever they exist.
+template <typename T, int N>
+__device__ __forceinline__ void fetch(const T* from, int plane, int first, int channels, int count,
+                                      bool aligned, Eight<T> (&to)[N]) {
+    constexpr int PER_WORD = 16 / sizeof(T);
+    from += static_cast<size_t>(first) * plane;
+    const size_t step = static_cast<size_t>(plane) * WARPS;
+    if (aligned) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const bool here = count > 0 && first + j * WARPS < channels;
+#pragma unroll
+            for (int i = 0; i < Eight<T>::WORDS; ++i) {
+                to[j].words[i] = here ? reinterpret_cast<const uint4*>(from)[i] : uint4{0, 0, 0, 0};
+            }
+            from += step;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int here = first + j * WARPS < channels ? count : 0;
+            T v[8];
+#pragma unroll
+            for (int p = 0; p < 8; ++p) {
+                store(v + p, 0.0f);
+                if (p < here) v[p] = from[p];
+            }
+#pragma unroll
+            for (int i = 0; i < Eight<T>::WORDS; ++i) to[j].words[i] = pack_four(v + i * PER_WORD);
+            from += step;
+        }
+    }
+}
+
+// The warp's sums of N values (a power of two): lane l gets that of v[l / (32 / N)]. Half of the lanes
+// go on with half of the values each time.
+template <int N, int OFFSET = 16>
+__device__ __forceinline__ float warp_sums(float (&v)[N]) {
+    if constexpr (N == 1) {
+        float sum = v[0];
+#pragma unroll
+        for (int offset = OFFSET; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        }
+        return sum;
+    } else {
+        const bool upper = (threadIdx.x & OFFSET) != 0;
+        float half[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) {
+            const float kept = upper ? v[i + N / 2] : v[i], sent = upper ? v[i] : v[i + N / 2];
+            half[i] = kept + __shfl_xor_sync(0xffffffffu, sent, OFFSET);
+        }
+        return warp_sums<N / 2, OFFSET / 2>(half);
+    }
+}
 
 // Pixels of s3 that a tile's pixels of x2 are interpolated from, and within them those that belong
 // to the tile: where the pixel of x2 in their middle is its own.
@@ -59,190 +159,321 @@ struct Range {
 };
 
 __device__ __forceinline__ Range low_range(int first, int end, int in, int out) {
+    // The first one whose middle (2 q + 1) out / (2 in) is not below x.
+    const auto owned = [in, out](int x) {
+        return static_cast<int>((2u * in * x + out - 1u) / (2u * out));
+    };
     Range r;
     r.from = tap(first, in, out).lo;
     r.to = tap(end - 1, in, out).hi + 1;
-    const auto middle = [in, out](int q) {
-        return min(static_cast<int>((2u * q + 1u) * out / (2u * in)), out - 1);
-    };
-    r.own_from = r.from;
-    while (r.own_from < r.to && middle(r.own_from) < first) ++r.own_from;
-    r.own_to = r.to;
-    while (r.own_to > r.own_from && middle(r.own_to - 1) >= end) --r.own_to;
+    r.own_from = min(owned(first), in);
+    r.own_to = min(owned(end), in);
     return r;
 }
 
 // A block's pixels of x2 and of s3. Sums over them: c3 of s3, c2 of x2, c3 of s3 under the weights, 1
 // of the weights.
-template <typename T>
 struct Tile {
     int x0, y0, x1, y1;
     Range column, row;
+    // Where columns of s3 begin, a multiple of 8, and how many eights there are.
+    int low_x0, eights;
 
-    __device__ __forceinline__ Tile(const Decoder<T>& op) {
-        const int tiles_x = (op.high_w + TILE_W - 1) / TILE_W;
-        x0 = blockIdx.x % tiles_x * TILE_W, y0 = blockIdx.x / tiles_x * TILE_H;
+    template <typename T>
+    __device__ __forceinline__ explicit Tile(const Decoder<T>& op) {
+        const int tiles_x = (op.high_w + TILE_W - 1) / TILE_W, tile_y = blockIdx.x / tiles_x;
+        x0 = (blockIdx.x - tile_y * tiles_x) * TILE_W, y0 = tile_y * TILE_H;
         x1 = min(x0 + TILE_W, op.high_w), y1 = min(y0 + TILE_H, op.high_h);
         column = low_range(x0, x1, op.low_w, op.high_w);
         row = low_range(y0, y1, op.low_h, op.high_h);
+        low_x0 = column.from / 8 * 8;
+        eights = (column.to - low_x0 + 7) / 8;
+    }
+    __device__ __forceinline__ int own_columns() const { return column.own_to - column.own_from; }
+    __device__ __forceinline__ int own_pixels() const {
+        return own_columns() * (row.own_to - row.own_from);
     }
 };
 
+// A lane's eight pixels of s3: where they are and which of them are the tile's own.
+struct LowPixels {
+    int y, x, count, own_at;
+    unsigned own;
+
+    __device__ __forceinline__ LowPixels(const Tile& tile, int low_w) {
+        const int lane = threadIdx.x % 32, row = lane / tile.eights;
+        y = tile.row.from + row, x = tile.low_x0 + (lane - row * tile.eights) * 8;
+        const bool here = y < tile.row.to;
+        count = here ? max(min(low_w - x, 8), 0) : 0;
+        const int from = max(tile.column.own_from - x, 0);
+        const int to = min(tile.column.own_to - x, 8);
+        const bool owned = here && y >= tile.row.own_from && y < tile.row.own_to && from < to;
+        own = owned ? (0xffu >> (8 - to + from)) << from : 0u;
+        own_at = (y - tile.row.own_from) * tile.own_columns() + x - tile.column.own_from;
+        if (!here) y = tile.row.from, x = tile.low_x0;
+    }
+};
+
+// Positions in s3 of the tile's columns, then of its rows.
+struct Tables {
+    Tap columns[TILE_W], rows[TILE_H];
+};
+
+template <typename T>
+__device__ __forceinline__ void fill(const Decoder<T>& op, const Tile& tile, Tables& tables) {
+    const int i = threadIdx.x;
+    if (i < TILE_W) {
+        tables.columns[i] = tap(min(tile.x0 + i, op.high_w - 1), op.low_w, op.high_w);
+    } else if (i < TILE_W + TILE_H) {
+        const int y = tile.y0 + i - TILE_W;
+        tables.rows[i - TILE_W] = tap(min(y, op.high_h - 1), op.low_h, op.high_h);
+    }
+}
+
+// How much of input q what has this tap takes.
+__device__ __forceinline__ float weight_of(const Tap& t, int q) {
+    return (t.lo == q ? 1.0f - t.frac : 0.0f) + (t.hi == q ? t.frac : 0.0f);
+}
+
 // Sums of x2 and, in `attention`, sa2 of the tile's pixels with zeros outside of the plane.
 template <typename T>
-__device__ __forceinline__ void sum_x2(const Decoder<T>& op, const Tile<T>& tile, float* dots,
-                                       float* attention, float* sums) {
+__device__ __forceinline__ void sum_x2(const Decoder<T>& op, const Tile& tile, bool aligned,
+                                       float* dots, float* attention, float* sums) {
+    constexpr int AT_ONCE = 4;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c2 = op.two.in;
-    const int x = tile.x0 + lane, rows_here = tile.y1 - tile.y0;
-    const bool here = x < tile.x1;
+    const int y = tile.y0 + lane / (TILE_W / 8), x = tile.x0 + lane % (TILE_W / 8) * 8;
+    const int count = y < tile.y1 ? max(min(tile.x1 - x, 8), 0) : 0;
     const T* from = op.x2 + plane_at(blockIdx.z, op.x_batch, 0, 0) +
-                    static_cast<size_t>(tile.y0) * op.high_w + x;
-    float dot[TILE_H] = {};
-#pragma unroll 2
-    for (int c = warp; c < c2; c += WARPS) {
-        const T* plane = from + static_cast<size_t>(c) * op.x_plane;
-        const float w = op.two.gate.w[c];
-        float sum = 0.0f;
+                    (count > 0 ? static_cast<size_t>(y) * op.high_w + x : 0);
+    const float bias = op.two.gate.b[0];
+    float dot[8] = {};
+    for (int c0 = warp; c0 < c2; c0 += AT_ONCE * WARPS) {
+        Eight<T> eights[AT_ONCE];
+        fetch(from, op.x_plane, c0, c2, count, aligned, eights);
+        float sum[AT_ONCE];
 #pragma unroll
-        for (int r = 0; r < TILE_H; ++r) {
-            const float v =
-                here && r < rows_here ? load(plane + static_cast<size_t>(r) * op.high_w) : 0.0f;
-            sum += v;
-            dot[r] += w * v;
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const float w = op.two.gate.w[min(c0 + j * WARPS, c2 - 1)];
+            float v[8];
+            eights[j].unpack(v);
+            sum[j] = 0.0f;
+#pragma unroll
+            for (int p = 0; p < 8; ++p) {
+                sum[j] += v[p];
+                dot[p] += w * v[p];
+            }
         }
-        sum = warp_sum(sum);
-        if (lane == 0) sums[op.c3 + c] = sum;
+        const float total = warp_sums(sum);
+        const int c = c0 + lane / (32 / AT_ONCE) * WARPS;
+        if (lane % (32 / AT_ONCE) == 0 && c < c2) sums[op.c3 + c] = total;
     }
-#pragma unroll
-    for (int r = 0; r < TILE_H; ++r) dots[(warp * TILE_H + r) * TILE_W + lane] = dot[r];
+    float* mine = dots + warp * TILE_PIXELS + lane * 8;
+    store_four(mine, {dot[0], dot[1], dot[2], dot[3]});
+    store_four(mine + 4, {dot[4], dot[5], dot[6], dot[7]});
     __syncthreads();
-    const int thread = threadIdx.x;
-    float v = op.two.gate.b[0];
+    const int pixel = threadIdx.x;
+    if (pixel < TILE_PIXELS) {
+        float v = bias;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) v += dots[w * TILE_THREADS + thread];
-    const bool inside = here && thread / TILE_W < rows_here;
-    attention[thread] = inside ? activate(v, op.act_s2) : 0.0f;
+        for (int w = 0; w < WARPS; ++w) v += dots[w * TILE_PIXELS + pixel];
+        const bool inside =
+            tile.x0 + pixel % TILE_W < tile.x1 && tile.y0 + pixel / TILE_W < tile.y1;
+        attention[pixel] = inside ? activate(v, op.act_s2) : 0.0f;
+    }
     __syncthreads();
 }
 
-// U^T sa2 of the tile's pixels, rows first.
-template <typename T>
-__device__ __forceinline__ void gather(const Decoder<T>& op, const Tile<T>& tile,
+// U^T sa2 of the tile's pixels on LOW_ROWS x LOW_W pixels of s3, rows first. s3 being half as large as
+// x2, its pixel q is read by pixels from 2 q - 2 to 2 q + 2 at most. `attention` has zeros beyond the
+// plane.
+__device__ __forceinline__ void gather(const Tile& tile, const Tables& tables,
                                        const float* attention, float* across, float* gathered) {
-    const int columns = tile.column.to - tile.column.from, rows_low = tile.row.to - tile.row.from;
-    for (int i = threadIdx.x; i < TILE_H * columns; i += TILE_THREADS) {
-        const int y = i / columns, q = tile.column.from + i % columns;
-        int first, last;
-        readers(q, op.low_w, op.high_w, &first, &last);
-        first = max(first, tile.x0), last = min(last, tile.x1 - 1);
+    const int i = threadIdx.x, column = i % LOW_W, row = i / LOW_W;
+    if (row < TILE_H) {
+        const int q = tile.low_x0 + column;
         float sum = 0.0f;
-        for (int x = first; x <= last; ++x) {
-            sum += tap_weight(q, x, op.low_w, op.high_w) * attention[y * TILE_W + x - tile.x0];
+#pragma unroll
+        for (int k = -2; k <= 2; ++k) {
+            const int x = 2 * q + k - tile.x0;
+            if (x < 0 || x >= TILE_W) continue;
+            sum += weight_of(tables.columns[x], q) * attention[row * TILE_W + x];
         }
         across[i] = sum;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < rows_low * columns; i += TILE_THREADS) {
-        const int q = tile.row.from + i / columns;
-        int first, last;
-        readers(q, op.low_h, op.high_h, &first, &last);
-        first = max(first, tile.y0), last = min(last, tile.y1 - 1);
+    if (row < LOW_ROWS) {
+        const int q = tile.row.from + row;
         float sum = 0.0f;
-        for (int y = first; y <= last; ++y) {
-            sum += tap_weight(q, y, op.low_h, op.high_h) *
-                   across[(y - tile.y0) * columns + i % columns];
+#pragma unroll
+        for (int k = -2; k <= 2; ++k) {
+            const int y = 2 * q + k - tile.y0;
+            if (y < 0 || y >= TILE_H) continue;
+            sum += weight_of(tables.rows[y], q) * across[y * LOW_W + column];
         }
         gathered[i] = sum;
     }
     __syncthreads();
 }
 
-// Sums of s3, plain over the tile's own pixels and under the weights; eight channels at a time.
+// Channels of s3 that a warp has under way at a time.
 template <typename T>
-__device__ __forceinline__ void sum_s3(const Decoder<T>& op, const Tile<T>& tile,
-                                       const float* gathered, float* sums) {
-    constexpr int AT_ONCE = 8;
+constexpr int S3_AT_ONCE = 16 / sizeof(T);
+
+// Sums of s3, plain over the tile's own pixels and under the weights. Its own pixels go to `own`, rows of
+// `own_pitch`, for t. `eights`: the first channels.
+template <typename T>
+__device__ __forceinline__ void sum_s3(const Decoder<T>& op, const LowPixels& pixels,
+                                       const T* from, bool aligned, const float* gathered,
+                                       Eight<T> (&eights)[S3_AT_ONCE<T>], float* sums, T* own,
+                                       int own_pitch, bool own_aligned) {
+    constexpr int AT_ONCE = S3_AT_ONCE<T>, PER_WORD = 16 / sizeof(T);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int columns = tile.column.to - tile.column.from;
-    const int region = columns * (tile.row.to - tile.row.from);
-    const T* s3 = op.s3 + plane_at(blockIdx.z, op.s_batch, 0, 0);
-    for (int c0 = warp * AT_ONCE; c0 < op.c3; c0 += WARPS * AT_ONCE) {
-        float plain[AT_ONCE] = {}, weighted[AT_ONCE] = {};
-        for (int i = lane; i < region; i += 32) {
-            const int y = tile.row.from + i / columns, x = tile.column.from + i % columns;
-            const bool own = y >= tile.row.own_from && y < tile.row.own_to &&
-                             x >= tile.column.own_from && x < tile.column.own_to;
-            const float g = gathered[i];
-            const T* from = s3 + static_cast<size_t>(y) * op.low_w + x;
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                const int c = min(c0 + j, op.c3 - 1);
-                const float v = load(from + static_cast<size_t>(c) * op.s_plane);
-                plain[j] += own ? v : 0.0f;
-                weighted[j] += g * v;
-            }
-        }
+    float g[8] = {};
+    if (pixels.count > 0) {
+        const float4 low = load_four(gathered), high = load_four(gathered + 4);
+        g[0] = low.x, g[1] = low.y, g[2] = low.z, g[3] = low.w;
+        g[4] = high.x, g[5] = high.y, g[6] = high.z, g[7] = high.w;
+    }
+    for (int c0 = warp; c0 < op.c3; c0 += AT_ONCE * WARPS) {
+        if (c0 != warp) fetch(from, op.s_plane, c0, op.c3, pixels.count, aligned, eights);
+        float both[2 * AT_ONCE];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            const float a = warp_sum(plain[j]), b = warp_sum(weighted[j]);
-            if (lane == 0 && c0 + j < op.c3) {
-                sums[c0 + j] = a;
-                sums[op.c3 + op.two.in + c0 + j] = b;
+            float v[8];
+            eights[j].unpack(v);
+            float plain = 0.0f, weighted = 0.0f;
+#pragma unroll
+            for (int p = 0; p < 8; ++p) {
+                plain += pixels.own >> p & 1u ? v[p] : 0.0f;
+                weighted += g[p] * v[p];
+            }
+            both[2 * j] = plain, both[2 * j + 1] = weighted;
+            const int c = c0 + j * WARPS;
+            if (pixels.own == 0 || c >= op.c3) continue;
+            T* to = own + c * own_pitch + pixels.own_at;
+            if (own_aligned) {
+#pragma unroll
+                for (int i = 0; i < Eight<T>::WORDS; ++i) {
+                    reinterpret_cast<uint4*>(to + i * PER_WORD)[0] = eights[j].words[i];
+                }
+            } else {
+#pragma unroll
+                for (int p = 0; p < 8; ++p) {
+                    if (pixels.own >> p & 1u) store(to + p, v[p]);
+                }
+            }
+        }
+        const float total = warp_sums(both);
+        const int slot = lane / (16 / AT_ONCE), c = c0 + slot / 2 * WARPS;
+        if (lane % (16 / AT_ONCE) == 0 && c < op.c3) {
+            sums[(slot % 2 == 0 ? 0 : op.c3 + op.two.in) + c] = total;
+        }
+    }
+}
+
+// The weights of t as tensor cores read them, zeros for the rows that there are not; floats turned
+// over.
+template <typename T>
+__device__ __forceinline__ void stage_t_map(const Decoder<T>& op, T* map) {
+    constexpr int ROWS = sizeof(T) == 2 ? 8 * ROW_TILES : MAP_ROWS;
+    constexpr int PER_WARP = (ROWS + WARPS - 1) / WARPS, STEPS = 4;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int k0 = lane; k0 < op.c3; k0 += 32 * STEPS) {
+        T v[PER_WARP][STEPS];
+#pragma unroll
+        for (int i = 0; i < PER_WARP; ++i) {
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s) {
+                const int r = warp + i * WARPS, k = k0 + 32 * s;
+                store(&v[i][s], 0.0f);
+                if (r < op.classes && k < op.c3) v[i][s] = op.t_weights[r * op.c3 + k];
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PER_WARP; ++i) {
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s) {
+                const int r = warp + i * WARPS, k = k0 + 32 * s;
+                if (r >= ROWS || k >= op.c3) continue;
+                map[sizeof(T) == 2 ? r * (op.c3 + HALF_PAD) + k : k * MAP_ROWS + r] = v[i][s];
             }
         }
     }
 }
 
-// The weights of t as PixelMap reads them: halves as they are; floats turned over, to `staged`.
-__device__ __forceinline__ const __half* t_map(const Decoder<__half>& op, float*) {
-    return op.t_weights;
+// Four scores of a pixel of t with their biases.
+template <typename T>
+__device__ __forceinline__ void write_t(const Decoder<T>& op, const Tile& tile,
+                                        const float* bias, int pixel, int r, float4 v) {
+    const int row = pixel / tile.own_columns(), column = pixel - row * tile.own_columns();
+    const size_t at = static_cast<size_t>(blockIdx.z) * op.low_h * op.low_w +
+                      static_cast<size_t>(tile.row.own_from + row) * op.low_w +
+                      tile.column.own_from + column;
+    store_four(op.t + at * MAP_ROWS + r,
+               {v.x + bias[r], v.y + bias[r + 1], v.z + bias[r + 2], v.w + bias[r + 3]});
 }
-__device__ __forceinline__ const float* t_map(const Decoder<float>& op, float* staged) {
-    for (int i = threadIdx.x; i < op.c3 * MAP_ROWS; i += TILE_THREADS) {
-        const int k = i / MAP_ROWS, r = i % MAP_ROWS;
-        staged[i] = r < op.classes ? op.t_weights[r * op.c3 + k] : 0.0f;
+
+// t of the tile's own pixels. `products`: 24 floats for each of them, in whole groups.
+__device__ __forceinline__ void scores_s3(const Decoder<__half>& op, const Tile& tile,
+                                          const __half* own, int own_pitch, const __half* map,
+                                          const float* bias, float* products) {
+    constexpr int ROWS = 8 * ROW_TILES;
+    const int pixels = tile.own_pixels(), groups = (pixels + GROUP - 1) / GROUP;
+    const int map_pitch = op.c3 + HALF_PAD;
+    // A warp per tile of rows.
+    for (int i = threadIdx.x / 32; i < ROW_TILES * groups; i += WARPS) {
+        const int group = i / ROW_TILES, r0 = (i - group * ROW_TILES) * 8;
+        Scores acc;
+        wmma::fill_fragment(acc, 0.0f);
+#pragma unroll 4
+        for (int k = 0; k < op.c3; k += 16) {
+            Rows a;
+            Columns b;
+            wmma::load_matrix_sync(a, map + r0 * map_pitch + k, map_pitch);
+            wmma::load_matrix_sync(b, own + k * own_pitch + group * GROUP, own_pitch);
+            wmma::mma_sync(acc, a, b, acc);
+        }
+        wmma::store_matrix_sync(products + group * GROUP * ROWS + r0, acc, ROWS,
+                                wmma::mem_col_major);
     }
     __syncthreads();
-    return staged;
+    for (int i = threadIdx.x; i < pixels * MAP_QUADS; i += THREADS) {
+        const int pixel = i / MAP_QUADS, r = (i - pixel * MAP_QUADS) * 4;
+        write_t(op, tile, bias, pixel, r, load_four(products + pixel * ROWS + r));
+    }
 }
-
-template <typename T>
-__device__ __forceinline__ void scores_s3(const Decoder<T>& op, const Tile<T>& tile,
-                                          float* staged) {
-    using Map = PixelMap<T>;
-    const int warp = threadIdx.x / 32, columns = tile.column.own_to - tile.column.own_from;
-    const int own_pixels = columns * (tile.row.own_to - tile.row.own_from);
-    const int plane = op.low_h * op.low_w;
-    const T* s3 = op.s3 + plane_at(blockIdx.z, op.s_batch, 0, 0);
-    T* t = op.t + static_cast<size_t>(blockIdx.z) * op.classes * plane;
-    float* own = staged + warp * Map::WARP_FLOATS;
-    const T* map = t_map(op, staged);
-    for (int first = warp * Map::PIXELS; first < own_pixels; first += WARPS * Map::PIXELS) {
-        const int i = first + static_cast<int>(threadIdx.x) % Map::PIXELS;
-        const bool inside = i < own_pixels;
-        const size_t pixel =
-            inside ? static_cast<size_t>(tile.row.own_from + i / columns) * op.low_w +
-                         tile.column.own_from + i % columns
-                   : 0;
-        Map scores;
-        scores.apply(map, s3, op.s_plane, op.c3, pixel, inside, own);
-#pragma unroll
-        for (int j = 0; j < Map::STEPS; ++j) {
-            const int r = scores.row(j);
-            if (!inside || r >= op.classes) continue;
-            store(t + static_cast<size_t>(r) * plane + pixel,
-                  scores.value(j, own) + op.t_bias[r]);
+__device__ __forceinline__ void scores_s3(const Decoder<float>& op, const Tile& tile,
+                                          const float* own, int own_pitch, const float* map,
+                                          const float* bias, float*) {
+    const int pixels = tile.own_pixels();
+    for (int i = threadIdx.x; i < pixels * MAP_QUADS; i += THREADS) {
+        const int quad = i / pixels, pixel = i - quad * pixels;
+        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+        for (int k = 0; k < op.c3; ++k) {
+            const float v = own[k * own_pitch + pixel];
+            const float4 w = load_four(map + k * MAP_ROWS + 4 * quad);
+            sum.x += w.x * v;
+            sum.y += w.y * v;
+            sum.z += w.z * v;
+            sum.w += w.w * v;
         }
+        write_t(op, tile, bias, pixel, 4 * quad, sum);
     }
 }
 
-// Writes this block's sums; true in the block that comes last, which sees everybody's.
+// Writes this block's sums.
 template <typename T>
-__device__ __forceinline__ bool last_to_come(const Decoder<T>& op, const float* sums) {
+__device__ __forceinline__ void leave_sums(const Decoder<T>& op, const float* sums) {
+    const int pitch = op.pitch();
+    float* mine = op.partial + (static_cast<size_t>(blockIdx.z) * gridDim.x + blockIdx.x) * pitch;
+    for (int i = threadIdx.x; i < op.means(); i += THREADS) mine[i] = sums[i];
+}
+
+// True in the block that comes last, which sees what the others have written.
+template <typename T>
+__device__ __forceinline__ bool last_to_come(const Decoder<T>& op) {
     __shared__ bool last;
-    const int count = op.means();
-    float* mine = op.partial + (static_cast<size_t>(blockIdx.z) * gridDim.x + blockIdx.x) * count;
-    for (int i = threadIdx.x; i < count; i += TILE_THREADS) mine[i] = sums[i];
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -253,83 +484,158 @@ __device__ __forceinline__ bool last_to_come(const Decoder<T>& op, const float* 
     return last;
 }
 
-// Means of the image from the blocks' sums: every warp adds up every eighth, then the eight.
+// Means of the image from the blocks' sums: as many threads as there are for a quad of means add up
+// every so many'th block, then one does their sums.
 template <typename T>
-__device__ __forceinline__ void add_up(const Decoder<T>& op, float* of_warps, float* means) {
-    constexpr int AT_ONCE = 4;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = op.means();
-    const int blocks = gridDim.x;
-    const float* partial = op.partial + static_cast<size_t>(blockIdx.z) * blocks * count;
-    for (int i0 = lane; i0 < count; i0 += 32 * AT_ONCE) {
-        float sum[AT_ONCE] = {};
-#pragma unroll 4
-        for (int b = warp; b < blocks; b += WARPS) {
+__device__ __forceinline__ void add_up(const Decoder<T>& op, float* parts, float* means) {
+    constexpr int AT_ONCE = 12;
+    const int pitch = op.pitch(), quads = pitch / 4, blocks = gridDim.x;
+    const int shares = max(THREADS / quads, 1);
+    const float* partial = op.partial + static_cast<size_t>(blockIdx.z) * blocks * pitch;
+    for (int i = threadIdx.x; i < quads * shares; i += THREADS) {
+        const int share = i / quads, quad = i - share * quads;
+        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int b0 = share; b0 < blocks; b0 += AT_ONCE * shares) {
+            float4 v[AT_ONCE];
 #pragma unroll
             for (int j = 0; j < AT_ONCE; ++j) {
-                const int i = min(i0 + 32 * j, count - 1);
-                sum[j] += __ldcg(partial + static_cast<size_t>(b) * count + i);
+                const int b = b0 + j * shares;
+                const float* from = partial + static_cast<size_t>(b) * pitch + 4 * quad;
+                v[j] = b < blocks ? __ldcg(reinterpret_cast<const float4*>(from))
+                                  : float4{0.0f, 0.0f, 0.0f, 0.0f};
+            }
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; ++j) {
+                sum.x += v[j].x, sum.y += v[j].y, sum.z += v[j].z, sum.w += v[j].w;
             }
         }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            if (i0 + 32 * j < count) of_warps[warp * count + i0 + 32 * j] = sum[j];
-        }
+        store_four(parts + 4 * i, sum);
     }
     __syncthreads();
     const float low = op.low_h * op.low_w, high = op.high_h * op.high_w;
-    for (int i = threadIdx.x; i < count; i += TILE_THREADS) {
+    for (int i = threadIdx.x; i < op.means(); i += THREADS) {
         float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += of_warps[w * count + i];
+        for (int s = 0; s < shares; ++s) sum += parts[s * pitch + i];
         means[i] = sum / (i < op.c3 ? low : high);
     }
     __syncthreads();
 }
 
-// Channel attentions of both modules.
+// decoder2's channel attention and the means of its two parts, by the means of its inputs: a warp has
+// four rows of each at a time, and all their weights under way.
 template <typename T>
-__device__ __forceinline__ void channel_gates(const Decoder<T>& op, const float* means, float* ca2,
-                                              float* ca1, float* low, float* high) {
-    const int width2 = op.two.width, width1 = op.one.width, c2 = op.two.in;
-    rows(op.ca2.w, op.ca2.b, means, ca2, width2, op.c3, op.act_c2);
-    rows(op.low.w, op.low.b, means + op.c3, low, width2, c2, 0);
-    rows(op.high.w, op.high.b, means + op.c3 + c2, high, width2, op.c3 + 1, 0);
-    __syncthreads();
-    for (int i = threadIdx.x; i < width2; i += TILE_THREADS) high[i] += low[i] * ca2[i];
-    __syncthreads();
-    rows(op.ca1.w, op.ca1.b, high, ca1, width1, width2, op.act_c1);
+__device__ __forceinline__ void gates_two(const Decoder<T>& op, const float* means, float* ca2,
+                                          float* low, float* high) {
+    constexpr int R = 4, STEPS = 4;
+    const int lane = threadIdx.x % 32, width = op.two.width, c3 = op.c3, c2 = op.two.in;
+    const float *of_x2 = means + c3, *of_high = means + c3 + c2;
+    // Which of the sums the lane gets.
+    const int kind = lane / (2 * R), row = lane / 2 % R;
+    const float* biases = kind == 0 ? op.ca2.b : kind == 1 ? op.low.b : op.high.b;
+    for (int r0 = threadIdx.x / 32 * R; r0 < width; r0 += WARPS * R) {
+        const float bias = biases[min(r0 + row, width - 1)];
+        float v[4 * R] = {};
+        int rows[R];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            rows[r] = min(r0 + r, width - 1);
+            // The high part has a channel more: the attention itself.
+            v[2 * R + r] = lane == 0 ? op.high.w[rows[r] * (c3 + 1) + c3] * of_high[c3] : 0.0f;
+        }
+        for (int k0 = lane; k0 < max(c3, c2); k0 += 32 * STEPS) {
+            float w[STEPS][3][R];
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s) {
+                const int k = k0 + 32 * s;
+#pragma unroll
+                for (int r = 0; r < R; ++r) {
+                    w[s][0][r] = k < c3 ? op.ca2.w[rows[r] * c3 + k] : 0.0f;
+                    w[s][1][r] = k < c2 ? op.low.w[rows[r] * c2 + k] : 0.0f;
+                    w[s][2][r] = k < c3 ? op.high.w[rows[r] * (c3 + 1) + k] : 0.0f;
+                }
+            }
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s) {
+                const int k = k0 + 32 * s;
+                const float x0 = means[min(k, c3 - 1)], x1 = of_x2[min(k, c2 - 1)];
+                const float x2 = of_high[min(k, c3 - 1)];
+#pragma unroll
+                for (int r = 0; r < R; ++r) {
+                    v[r] += w[s][0][r] * x0;
+                    v[R + r] += w[s][1][r] * x1;
+                    v[2 * R + r] += w[s][2][r] * x2;
+                }
+            }
+        }
+        const float sum = warp_sums(v) + bias;
+        const int r = r0 + row;
+        if (lane % 2 != 0 || r >= width) continue;
+        if (kind == 0) {
+            ca2[r] = activate(sum, op.act_c2);
+        } else if (kind < 3) {
+            (kind == 1 ? low : high)[r] = sum;
+        }
+    }
     __syncthreads();
 }
 
-// A module's map with its channel attention, four rows of a column per thread. `gated`: room for
-// width * MAP_ROWS floats.
-template <typename T>
-__device__ __forceinline__ void compose(const Module& op, int classes, const float* ca,
-                                        float* gated, T* map) {
-    using Map = PixelMap<T>;
-    for (int i = threadIdx.x; i < op.width * MAP_ROWS; i += TILE_THREADS) {
-        const int o = i / MAP_ROWS, r = i % MAP_ROWS;
-        gated[i] = r < classes ? op.mix[r * op.width + o] * ca[o] : 0.0f;
+__device__ __forceinline__ void copy_floats(const float* from, int count, float* to) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < count; i += THREADS) copy_ahead<4>(to + i, from + i);
+}
+
+// A module's weights in shared memory, on their way there once it is made.
+struct StagedModule {
+    float *mix, *low, *low_bias, *bias, *gate;
+
+    __device__ __forceinline__ StagedModule(const Module& op, int classes, float* at) {
+        mix = at, low = mix + classes * op.width, low_bias = low + op.in * op.width;
+        bias = low_bias + op.width, gate = bias + classes;
+        copy_floats(op.mix, classes * op.width, mix);
+        copy_floats(op.low, op.in * op.width, low);
+        copy_floats(op.low_bias, op.width, low_bias);
+        copy_floats(op.bias, classes, bias);
+        copy_floats(op.gate.w, op.in, gate);
+        copy_floats(op.gate.b, 1, gate + op.in);
     }
-    __syncthreads();
-    float* shifts = const_cast<float*>(Map::shifts(map, op.in));
-    for (int i = threadIdx.x; i < MAP_ROWS / 4 * (op.in + 1); i += TILE_THREADS) {
-        const int k = i % (op.in + 1), r0 = i / (op.in + 1) * 4;
+    __device__ __forceinline__ float* end(const Module& op) const { return gate + op.in + 1; }
+};
+
+// A diag(ca), as [width][MAP_ROWS].
+__device__ __forceinline__ void gate_mix(const StagedModule& weights, int classes, int width,
+                                         const float* ca, float* gated) {
+    for (int r = threadIdx.x / 32; r < MAP_ROWS; r += WARPS) {
+        for (int o = threadIdx.x % 32; o < width; o += 32) {
+            gated[o * MAP_ROWS + r] = r < classes ? weights.mix[r * width + o] * ca[o] : 0.0f;
+        }
+    }
+}
+
+// A module's map, four rows of a column per thread.
+template <typename T>
+__device__ __forceinline__ void compose(const Module& op, const StagedModule& weights, int classes,
+                                        const float* gated, T* map) {
+    using Layout = MapLayout<T>;
+    float* shifts = const_cast<float*>(Layout::shifts(map, op.in));
+    for (int i = threadIdx.x; i < MAP_QUADS * (op.in + 1); i += THREADS) {
+        const int quad = i / (op.in + 1), k = i - quad * (op.in + 1), r0 = 4 * quad;
         const bool shift = k == op.in;
         float sum[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int r = r0 + j;
             if (r == GATE) {
-                sum[j] = shift ? op.gate.b[0] : op.gate.w[k];
+                sum[j] = weights.gate[k];
             } else {
-                sum[j] = shift && r < classes ? op.bias[r] : 0.0f;
+                sum[j] = shift && r < classes ? weights.bias[r] : 0.0f;
             }
         }
+        const float* column = shift ? weights.low_bias : weights.low + k;
+        const int step = shift ? 1 : op.in;
 #pragma unroll 8
         for (int o = 0; o < op.width; ++o) {
-            const float v = shift ? op.low_bias[o] : op.low[o * op.in + k];
-            const float4 g = *reinterpret_cast<const float4*>(gated + o * MAP_ROWS + r0);
+            const float v = column[o * step];
+            const float4 g = load_four(gated + o * MAP_ROWS + r0);
             sum[0] += g.x * v;
             sum[1] += g.y * v;
             sum[2] += g.z * v;
@@ -340,53 +646,104 @@ __device__ __forceinline__ void compose(const Module& op, int classes, const flo
             if (shift) {
                 shifts[r0 + j] = sum[j];
             } else {
-                store(map + Map::at(r0 + j, k, op.in), sum[j]);
+                store(map + Layout::at(r0 + j, k, op.in), sum[j]);
             }
         }
     }
-    __syncthreads();
 }
 
-// `phase` floats for what only one phase needs, `region` pixels of s3 around a tile.
+// What the last block does. `room`: shared memory that the tiles are done with.
 template <typename T>
-__device__ __forceinline__ void decoder_sums(const Decoder<T>& op, int phase, int region,
-                                             int map2_len, int map1_len) {
-    DYNAMIC_SHARED(float, temporary);
-    __shared__ float warps[32];
-    float* attention = temporary + phase;
-    float* across = attention + TILE_THREADS;
-    float* gathered = across + TILE_H * region;
-    float* sums = gathered + region;
-    float* gates = sums + op.means();
-    start_next();
+__device__ __forceinline__ void finish(const Decoder<T>& op, float* room, float* sums, float* gates,
+                                       T* map2, T* map1) {
+    const int width2 = op.two.width, width1 = op.one.width;
+    float* work = room;  // whole quads
+    float* gated1 = work + MAP_ROWS * width2;
+    float* staged = work + max(MAP_ROWS * (width2 + width1), max(4 * THREADS, op.pitch()));
+    const StagedModule two(op.two, op.classes, staged);
+    const StagedModule one(op.one, op.classes, two.end(op.two));
+    float* ca1_w = one.end(op.one);
+    float* ca1_b = ca1_w + width1 * width2;
+    copy_floats(op.ca1.w, width1 * width2, ca1_w);
+    copy_floats(op.ca1.b, width1, ca1_b);
+
+    add_up(op, work, sums);
+    float *ca2 = gates, *ca1 = ca2 + width2;
+    float *low = ca1 + width1, *high = low + width2;
+    copies_done();
+    gates_two(op, sums, ca2, low, high);
+    gate_mix(two, op.classes, width2, ca2, work);
+    for (int i = threadIdx.x; i < width2; i += THREADS) high[i] += low[i] * ca2[i];
+    __syncthreads();
+    rows(ca1_w, ca1_b, high, ca1, width1, width2, op.act_c1);
+    compose(op.two, two, op.classes, work, map2);
+    __syncthreads();
+    gate_mix(one, op.classes, width1, ca1, gated1);
+    __syncthreads();
+    compose(op.one, one, op.classes, gated1, map1);
+}
+
+// Floats of shared memory: `own_len` for the tile's own pixels of s3, rows of `own_pitch`, and what is
+// done before these; `products` for t; `room` for both with the weights of t, or for the last block.
+struct Shared {
+    int own_pitch, own_len, products, room;
+};
+
+template <typename T>
+__device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared& lens, int map2_len,
+                                             int map1_len) {
+    DYNAMIC_SHARED(float, shared);
+    __shared__ float warps[32], t_bias[MAP_ROWS];
+    __shared__ Tables tables;
+    float* products = shared + lens.own_len;
+    T* t_map = reinterpret_cast<T*>(products + lens.products);
+    T* own = reinterpret_cast<T*>(shared);
+    float* attention = shared + lens.room;
+    float* across = attention + TILE_PIXELS;
+    float* gathered = across + TILE_H * LOW_W;
+    float* sums = gathered + LOW_ROWS * LOW_W;
+    float* gates = sums + op.pitch();
+    stage_t_map(op, t_map);
+    if (threadIdx.x < MAP_ROWS) {
+        const int r = threadIdx.x;
+        t_bias[r] = r < op.classes ? op.t_bias[r] : 0.0f;
+    }
+    const Tile tile(op);
+    fill(op, tile, tables);
+    const LowPixels pixels(tile, op.low_w);
+    const bool x2_aligned = op.high_w % 8 == 0 && wide(op.x2, op.x_batch, op.x_plane);
+    const bool s3_aligned = op.low_w % 8 == 0 && wide(op.s3, op.s_batch, op.s_plane);
+    const bool own_aligned =
+        tile.column.own_from % 8 == 0 && tile.column.own_to % 8 == 0;
+    const T* s3 = op.s3 + plane_at(blockIdx.z, op.s_batch, 0, 0) +
+                  static_cast<size_t>(pixels.y) * op.low_w + pixels.x;
+    const int low_at = (pixels.y - tile.row.from) * LOW_W + pixels.x - tile.low_x0;
     wait_for_previous();
-    const Tile<T> tile(op);
-    sum_x2(op, tile, temporary, attention, sums);
-    float total[1] = {attention[threadIdx.x]};
+    // No earlier: decoder_labels.cu reads what kernels before this one wrote without waiting.
+    start_next();
+
+    Eight<T> eights[S3_AT_ONCE<T>];
+    fetch(s3, op.s_plane, threadIdx.x / 32, op.c3, pixels.count, s3_aligned, eights);
+    sum_x2(op, tile, x2_aligned, shared, attention, sums);
+    float total[1] = {threadIdx.x < TILE_PIXELS ? attention[threadIdx.x] : 0.0f};
     block_sum(total, warps);
     if (threadIdx.x == 0) sums[op.means() - 1] = total[0];
-    gather(op, tile, attention, across, gathered);
-    sum_s3(op, tile, gathered, sums);
-    scores_s3(op, tile, temporary);
+    gather(tile, tables, attention, across, gathered);
+    sum_s3(op, pixels, s3, s3_aligned, gathered + low_at, eights, sums, own, lens.own_pitch,
+           own_aligned);
     __syncthreads();
-    if (!last_to_come(op, sums)) return;
-
-    add_up(op, temporary, sums);
-    float* ca2 = gates;
-    float* ca1 = ca2 + op.two.width;
-    float* low = ca1 + op.one.width;
-    channel_gates(op, sums, ca2, ca1, low, low + op.two.width);
-    compose(op.two, op.classes, ca2, temporary,
-            op.map2 + static_cast<size_t>(blockIdx.z) * map2_len);
-    compose(op.one, op.classes, ca1, temporary,
-            op.map1 + static_cast<size_t>(blockIdx.z) * map1_len);
+    leave_sums(op, sums);
+    scores_s3(op, tile, own, lens.own_pitch, t_map, t_bias, products);
+    if (!last_to_come(op)) return;
+    finish(op, shared, sums, gates, op.map2 + static_cast<size_t>(blockIdx.z) * map2_len,
+           op.map1 + static_cast<size_t>(blockIdx.z) * map1_len);
 }
 
 }  // namespace
 
-// t_w .. sa1_b: parameters; lm, hm give the means of decoder2's low and high part. phase, region:
-// floats and pixels that shared memory has room for; map2_len, map1_len: elements of an image's map.
-extern "C" __global__ void __launch_bounds__(256, 2)
+// t_w .. sa1_b: parameters; lm, hm give the means of decoder2's low and high part. own_pitch ..
+// room: struct Shared; map2_len, map1_len: elements of an image's map.
+extern "C" __global__ void __launch_bounds__(512, 1)
     decoder_sums_f32(const float* s3, const float* x2, const float* t_w, const float* t_b, float* t,
                      float* partial, unsigned* counters, const float* sa2_w, const float* sa2_b,
                      const float* ca2_w, const float* ca2_b, const float* lm_w, const float* lm_b,
@@ -396,18 +753,18 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                      const float* bias1, const float* sa1_w, const float* sa1_b, float* map2,
                      float* map1, int act_s2, int act_c2, int act_c1, int c3, int c2, int width2,
                      int width1, int c1, int classes, int low_h, int low_w, int high_h, int high_w,
-                     int phase, int region, int map2_len, int map1_len, int s_batch, int s_plane,
-                     int x_batch, int x_plane) {
+                     int own_pitch, int own_len, int products, int room, int map2_len, int map1_len,
+                     int s_batch, int s_plane, int x_batch, int x_plane) {
     const Module two = {mix2, wl2, bl2, bias2, {sa2_w, sa2_b}, c2, width2};
     const Module one = {mix1, wl1, bl1, bias1, {sa1_w, sa1_b}, c1, width1};
     const Decoder<float> op = {s3, x2, t_w, t_b, t, partial, counters, {ca2_w, ca2_b},
                                {lm_w, lm_b}, {hm_w, hm_b}, {ca1_w, ca1_b}, two, one, map2,
                                map1, act_s2, act_c2, act_c1, c3, classes, low_h, low_w, high_h,
                                high_w, s_batch, s_plane, x_batch, x_plane};
-    decoder_sums(op, phase, region, map2_len, map1_len);
+    decoder_sums(op, {own_pitch, own_len, products, room}, map2_len, map1_len);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(512, 1)
     decoder_sums_f16(const __half* s3, const __half* x2, const __half* t_w, const float* t_b,
                      __half* t, float* partial, unsigned* counters, const float* sa2_w,
                      const float* sa2_b, const float* ca2_w, const float* ca2_b, const float* lm_w,
@@ -417,13 +774,13 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                      const float* bl1, const float* bias1, const float* sa1_w, const float* sa1_b,
                      __half* map2, __half* map1, int act_s2, int act_c2, int act_c1, int c3, int c2,
                      int width2, int width1, int c1, int classes, int low_h, int low_w, int high_h,
-                     int high_w, int phase, int region, int map2_len, int map1_len, int s_batch,
-                     int s_plane, int x_batch, int x_plane) {
+                     int high_w, int own_pitch, int own_len, int products, int room, int map2_len,
+                     int map1_len, int s_batch, int s_plane, int x_batch, int x_plane) {
     const Module two = {mix2, wl2, bl2, bias2, {sa2_w, sa2_b}, c2, width2};
     const Module one = {mix1, wl1, bl1, bias1, {sa1_w, sa1_b}, c1, width1};
     const Decoder<__half> op = {s3, x2, t_w, t_b, t, partial, counters, {ca2_w, ca2_b},
                                 {lm_w, lm_b}, {hm_w, hm_b}, {ca1_w, ca1_b}, two, one, map2,
                                 map1, act_s2, act_c2, act_c1, c3, classes, low_h, low_w, high_h,
                                 high_w, s_batch, s_plane, x_batch, x_plane};
-    decoder_sums(op, phase, region, map2_len, map1_len);
+    decoder_sums(op, {own_pitch, own_len, products, room}, map2_len, map1_len);
 }

@@ -188,10 +188,13 @@ fn the_default_network_takes_few_launches() {
 }
 
 /// A network of one block per stage, three images of a size at which every kernel of the decoder has
-/// more than one tile with a rest, and sides that are odd at every stage.
+/// more than one tile with a rest, and sides that are odd at every stage; then sides that are twice
+/// those of the scores, in rows that can be moved eight pixels at a time and in others.
 #[test]
 fn a_decoder_in_two_launches_agrees_with_the_cpu() {
-    for (classes, size) in [(19, (3, 75, 141)), (11, (3, 21, 139)), (2, (2, 16, 16))] {
+    let odd = [(19, (3, 75, 141)), (11, (3, 21, 139))];
+    let doubled = [(2, (2, 16, 16)), (19, (2, 64, 192)), (7, (1, 88, 200))];
+    for (classes, size) in odd.into_iter().chain(doubled) {
         let config = ModelConfig { classes, p: 1, q: 1, ..ModelConfig::default() };
         for element in [Element::F32, Element::F16] {
             let used = network_kernels(&config, size, element, Variants::default());

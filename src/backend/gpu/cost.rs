@@ -502,8 +502,8 @@ fn strided(group: &Group, launch: &Launch, whole: usize) -> CommandCost {
 
 /// A launch of the decoder in two, by its arguments.
 fn fused_decoder(class: &str, launch: &Launch, element: Element) -> CommandCost {
-    // Of a composed map, whatever the number of classes: MAP_ROWS of kernels/decoder.cuh.
-    const ROWS: usize = 20;
+    // Of a composed map, whatever the number of classes.
+    const ROWS: usize = launch::MAP_ROWS;
     let (size, n) = (element.size(), launch.grid[2] as usize);
     let (at, blocks) = (|i: usize| int(launch, i), launch.grid[0] as usize * n);
     // Matrix products, what else is computed, bytes read again; bytes.
@@ -519,7 +519,7 @@ fn fused_decoder(class: &str, launch: &Launch, element: Element) -> CommandCost 
         products = 2 * n * low * c3 * classes;
         others = 3 * n * high * c2 + 4 * around * c3;
         again = size * c3 * around.saturating_sub(n * low) + 8 * blocks * means;
-        bytes = n * size * (c2 * high + (c3 + classes) * low) + 4 * (weights + maps);
+        bytes = n * size * (c2 * high + (c3 + ROWS) * low) + 4 * (weights + maps);
         let gates = width2 * means + width1 * width2;
         let composed = ROWS * (width2 * (c2 + 1) + width1 * (c1 + 1));
         let floats = launch.grid[0] as usize * means + weights + maps;
@@ -529,8 +529,8 @@ fn fused_decoder(class: &str, launch: &Launch, element: Element) -> CommandCost 
         let (low, quarter, half) = (at(11) * at(12), at(13) * at(14), at(15) * at(16));
         let (out_h, out_w) = (at(17), at(18));
         let region = |h: usize, w: usize| {
-            let rows = (launch::LABELS.0.min(out_h) * h).div_ceil(out_h) + 2;
-            let columns = (launch::LABELS.1.min(out_w) * w).div_ceil(out_w) + 2;
+            let rows = (launch::LABELS.0.min(out_h) * h).div_ceil(out_h) + 1;
+            let columns = (launch::LABELS.1.min(out_w) * w).div_ceil(out_w) + 1;
             blocks * rows.min(h) * columns.min(w)
         };
         // One pixel more around what the scores read of z.
@@ -538,7 +538,7 @@ fn fused_decoder(class: &str, launch: &Launch, element: Element) -> CommandCost 
         products = 2 * ROWS * (z * c2 + scores * c1);
         others = 9 * classes * (z + scores) + 8 * n * classes * out_h * out_w;
         again = size * (c2 * z.saturating_sub(n * quarter) + c1 * scores.saturating_sub(n * half));
-        bytes = n * (size * (classes * low + c2 * quarter + c1 * half) + out_h * out_w);
+        bytes = n * (size * (ROWS * low + c2 * quarter + c1 * half) + out_h * out_w);
         last = (0, 0);
     }
     let (unit, beside) = match element {

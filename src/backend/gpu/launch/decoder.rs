@@ -93,22 +93,36 @@ pub struct DecoderShape {
 /// How both kernels cover it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DecoderTiling {
-    /// Floats that one phase of decoder_sums.cu needs at most.
-    pub phase: usize,
-    /// Most pixels of s3 around its tile.
-    pub region: usize,
-    /// Most pixels of the scores that a tile of labels reads.
-    pub pitch: usize,
-    /// Most pixels of decoder2's scores that these read.
-    pub z_pitch: usize,
+    /// Row length of a tile's own pixels of s3 in decoder_sums.cu, elements.
+    pub own_pitch: usize,
+    /// Floats for them, and for what comes before them in the same place.
+    pub own_len: usize,
+    /// Floats for the products that t is made of.
+    pub products: usize,
+    /// Floats for these two with the weights of t, or for what the last block does.
+    pub room: usize,
+    /// Groups of pixels of both modules' scores that a tile of labels reads.
+    pub slots: usize,
     /// Dynamic shared memory of both kernels.
     pub shared_bytes: [usize; 2],
 }
 
 /// Pixels of x2 that a block of decoder_sums.cu works on: rows and columns.
 pub const SUMS_TILE: (usize, usize) = (8, 32);
+const SUMS_PIXELS: usize = SUMS_TILE.0 * SUMS_TILE.1;
+/// Most rows of s3 around them: LOW_ROWS of decoder_sums.cu.
+const LOW_ROWS: usize = 7;
+/// Threads of its blocks.
+const SUMS_THREADS: u32 = 512;
 /// Rows of a map: MAP_ROWS of decoder.cuh, the last one for the spatial attention.
-const MAP_ROWS: usize = 20;
+pub const MAP_ROWS: usize = 20;
+/// Rows that tensor cores make of it, in tiles of 8.
+const TENSOR_ROWS: usize = 24;
+/// HALF_PAD of tile.cuh.
+const HALF_PAD: usize = 8;
+/// Pixels that a warp makes scores of at a time, and floats for them: GROUP, SLOT of decoder.cuh.
+const GROUP: usize = 32;
+const SLOT: usize = GROUP * MAP_ROWS + 8;
 
 impl DecoderShape {
     /// Means of an image: of s3, of x2, of s3 under the attention, of that.
@@ -116,11 +130,16 @@ impl DecoderShape {
         2 * self.s3.c + self.x2.c + 1
     }
 
+    /// Floats of a block's sums, in whole quads.
+    pub fn sums_pitch(&self) -> usize {
+        self.means().next_multiple_of(4)
+    }
+
     /// Elements of the map that takes `channels` values to scores, with what is added to them (f32).
     pub fn map_len(element: Element, channels: usize) -> usize {
         match element {
             Element::F32 => MAP_ROWS * (channels + 1),
-            Element::F16 => 32 * channels + 2 * 32,
+            Element::F16 => TENSOR_ROWS * (channels + HALF_PAD + 2),
         }
     }
 
@@ -139,30 +158,57 @@ impl DecoderShape {
         if self.classes >= MAP_ROWS || !halved || ![s3, x2, x1].into_iter().all(whole) {
             return None;
         }
-        let warp_floats = match element {
-            Element::F32 => 0,
-            Element::F16 => 20 * MAP_ROWS,
-        };
-        let turned = match element {
-            Element::F32 => s3.c * MAP_ROWS,
-            Element::F16 => 0,
-        };
-        let threads = THREADS as usize;
-        let gated = MAP_ROWS * self.width2.max(self.width1);
-        let phases = [8 * threads, 8 * warp_floats, turned, 8 * self.means(), gated];
-        let phase = phases.into_iter().max()?.next_multiple_of(32);
-        let region = read_by(SUMS_TILE.0, s3.h, x2.h) * read_by(SUMS_TILE.1, s3.w, x2.w);
-        let gates = 3 * self.width2 + self.width1;
-        let sums = phase + threads + (SUMS_TILE.0 + 1) * region + self.means() + gates;
-
-        let (rows, columns) = (read_by(LABELS.0, x1.h, size.h), read_by(LABELS.1, x1.w, size.w));
-        let pitch = rows * columns;
-        let z_pitch = read_by(rows, x2.h, x1.h) * read_by(columns, x2.w, x1.w);
-        let labels =
-            4 * (8 * warp_floats + self.classes * pitch) + element.size() * self.classes * z_pitch;
-        let shared_bytes = [4 * sums, labels];
+        let (own_pitch, own_len, products, room) = self.sums_floats(element);
+        let beside = SUMS_PIXELS + (SUMS_TILE.0 + LOW_ROWS) * SUMS_TILE.1;
+        let sums = room + beside + self.sums_pitch() + 3 * self.width2 + self.width1;
+        let (slots, labels) = self.labels_floats(element);
+        let shared_bytes = [4 * sums, 4 * labels];
         let fits = shared_bytes.iter().all(|bytes| *bytes <= limit);
-        fits.then_some(DecoderTiling { phase, region, pitch, z_pitch, shared_bytes })
+        fits.then_some(DecoderTiling { own_pitch, own_len, products, room, slots, shared_bytes })
+    }
+
+    /// What decoder_sums.cu shares, in [`DecoderTiling`]'s order.
+    fn sums_floats(&self, element: Element) -> (usize, usize, usize, usize) {
+        let (s3, x2) = (self.s3, self.x2);
+        // Where x2 has an odd side, a tile may own a pixel more.
+        let own = |tile: usize, low: usize, high: usize| (tile / 2 + high % 2).min(low);
+        let own = own(SUMS_TILE.0, s3.h, x2.h) * own(SUMS_TILE.1, s3.w, x2.w);
+        let (own_pitch, products, map) = match element {
+            Element::F32 => (own.next_multiple_of(8), 0, MAP_ROWS * s3.c),
+            Element::F16 => {
+                let own = own.next_multiple_of(GROUP);
+                (own + HALF_PAD, TENSOR_ROWS * own, TENSOR_ROWS * (s3.c + HALF_PAD) / 2)
+            }
+        };
+        let threads = SUMS_THREADS as usize;
+        let dots = threads / 32 * SUMS_PIXELS;
+        let own_len = (own_pitch * s3.c * element.size() / 4).max(dots).next_multiple_of(8);
+        let (width2, width1) = (self.width2, self.width1);
+        let parts = (4 * threads).max(self.sums_pitch());
+        let module = |width: usize, inputs: usize| (width + 1) * (self.classes + inputs + 1);
+        let weights = module(width2, x2.c) + module(width1, self.x1.c) + width1 * (width2 + 1);
+        let last = parts.max(MAP_ROWS * (width2 + width1)) + weights;
+        (own_pitch, own_len, products, (own_len + products + map).max(last).next_multiple_of(8))
+    }
+
+    /// Groups of pixels of a tile of labels, and floats of decoder_labels.cu.
+    fn labels_floats(&self, element: Element) -> (usize, usize) {
+        let (x2, x1, size) = (self.x2, self.x1, self.size);
+        // Tiles then begin in the middle of two pixels.
+        let doubled = (size.h, size.w) == (2 * x1.h, 2 * x1.w);
+        let fine = |tile: usize, from: usize, to: usize| {
+            if doubled { (tile / 2 + 1).min(from) } else { read_by(tile, from, to) }
+        };
+        let coarse = |tile: usize, from: usize, to: usize| {
+            if to == 2 * from { (tile / 2 + 2).min(from) } else { read_by(tile, from, to) }
+        };
+        let (rows, columns) = (fine(LABELS.0, x1.h, size.h), fine(LABELS.1, x1.w, size.w));
+        let (z_rows, z_columns) = (coarse(rows, x2.h, x1.h), coarse(columns, x2.w, x1.w));
+        let slots = (rows * columns).div_ceil(GROUP) + (z_rows * z_columns).div_ceil(GROUP);
+        let maps: usize = [x2.c, x1.c].map(|c| Self::map_len(element, c)).iter().sum();
+        // Two positions and a fraction for each row and column.
+        let taps = 3 * (rows + columns + z_rows + z_columns);
+        (slots, slots * SLOT + maps * element.size() / 4 + taps)
     }
 }
 
@@ -175,7 +221,7 @@ pub fn decoder_sums(
 ) -> Launch {
     let shared_bytes = tiling.shared_bytes[0] as u32;
     let grid = grid(shape.sum_blocks(), 1, shape.x2.n);
-    Launch { shared_bytes, ..launch(kernel, grid, [THREADS, 1, 1], args) }
+    Launch { shared_bytes, ..launch(kernel, grid, [SUMS_THREADS, 1, 1], args) }
 }
 
 /// decoder_labels.cu: a block per tile of 64 x 16 labels.

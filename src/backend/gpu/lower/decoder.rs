@@ -4,7 +4,7 @@
 
 use super::scores::{gather, map_len, scores};
 use super::{Lowering, Typed, act_code, args, forward};
-use crate::backend::gpu::device::{Element, Place};
+use crate::backend::gpu::device::Place;
 use crate::backend::gpu::launch::{self, Arg, DecoderShape, DecoderTiling};
 use crate::backend::gpu::variants::Decoder;
 use crate::graph::{Mode, Plan, Step};
@@ -258,19 +258,17 @@ impl Steps<'_> {
             width2: z.width,
             width1: scores.width,
         };
-        // In f16 whole tiles of 16 rows of its weights are read, of which some belong to others.
-        let readable = low.plan.param(t_op.weight).start + 32 * s3.shape.c <= low.plan.param_len;
-        let plain = t_op.act == Act::None && (low.element == Element::F32 || readable);
+        let plain = t_op.act == Act::None;
         let tiling = shape.tiling(low.element, low.shared_limit).filter(|_| wanted && plain);
         let (Some(tiling), Some(t_bias)) = (tiling, t_op.bias) else { return false };
 
         let n = s3.shape.n;
         let lens = [x2, x1].map(|x| DecoderShape::map_len(low.element, x.shape.c));
         let maps = lens.map(|len| low.scratch_stored(n * len));
-        let t = low.scratch_stored(n * z.classes * s3.shape.plane());
+        let t = low.scratch_stored(n * launch::MAP_ROWS * s3.shape.plane());
         low.hold_scratch();
         self.maps = Some(maps);
-        let partial = low.scratch(n * shape.sum_blocks() * shape.means());
+        let partial = low.scratch(n * shape.sum_blocks() * shape.sums_pitch());
         let counters = low.counters(n);
 
         let mut args = args![low.at(s3), low.at(x2), low.param_stored(t_op.weight)];
@@ -296,8 +294,10 @@ impl Steps<'_> {
             s3.shape.w,
             x2.shape.h,
             x2.shape.w,
-            tiling.phase,
-            tiling.region,
+            tiling.own_pitch,
+            tiling.own_len,
+            tiling.products,
+            tiling.room,
             lens[0],
             lens[1],
             s3.batch_stride,
@@ -330,8 +330,7 @@ impl Steps<'_> {
             x1.shape.w,
             size.h,
             size.w,
-            fused.tiling.pitch,
-            fused.tiling.z_pitch,
+            fused.tiling.slots,
             fused.lens[0],
             fused.lens[1],
             x2.batch_stride,
