@@ -1,4 +1,5 @@
-// The stem and the block of stage 1 (paper, Table 1) in one launch, batch norms folded:
+// The stem and the block of stage 1 (paper, Table 1) in one launch, batch norms folded, f32
+// (stem_block_half.cu is the same in f16):
 //   s = relu(3x3, stride 2 (x) + b)      3 -> 16 channels, x stored values or 8-bit RGB
 //   e = relu(We s + be),  d = relu(3x3 depthwise (e) + bd),  y = act(Wp d + bp + s)
 //
@@ -8,8 +9,8 @@
 // there, with s read back as the residual. Weights in shared memory, read by broadcast.
 // Bytes: x with a halo (1.2), s and y once each: a third of what four launches move, whose e and d
 // go to memory and back. FLOPs: per pixel 2 * 1088, with 1.22 of the first 688 products.
-// Shared: 16 x 512 of e and 3 x 33 x 66 of x in the tensors' storage, 1152 floats of weights: 33 KB in
-// f16, 61 KB in f32. Launch: block (256), grid (tiles, 1, N): launch::stem_block().
+// Shared: 16 x 512 of e and 3 x 33 x 66 of x in f32, 1152 floats of weights: 61 KB.
+// Launch: block (256), grid (tiles, 1, N): launch::stem_block().
 #include "image.cuh"
 
 namespace {
@@ -44,13 +45,7 @@ __device__ __forceinline__ void start(const float* b, float (&sums)[CHANNELS]) {
     for (int o = 0; o < CHANNELS; ++o) sums[o] = b[o];
 }
 
-// A value as memory will hold it.
-__device__ __forceinline__ float stored(const float*, float v) { return v; }
-__device__ __forceinline__ float stored(const __half*, float v) {
-    return __half2float(__float2half(v));
-}
-
-template <typename Source, typename T>
+template <typename Source>
 __device__ __forceinline__ void stem_block(Source source, const float* RESTRICT stem_w,
                                            const float* RESTRICT stem_b,
                                            const float* RESTRICT expand_w,
@@ -58,13 +53,13 @@ __device__ __forceinline__ void stem_block(Source source, const float* RESTRICT 
                                            const float* RESTRICT depth_w,
                                            const float* RESTRICT depth_b,
                                            const float* RESTRICT project_w,
-                                           const float* RESTRICT project_b, T* s, T* y, int act,
+                                           const float* RESTRICT project_b, float* s, float* y, int act,
                                            int in_h, int in_w, int h, int w, int s_batch,
                                            int s_plane, int y_batch, int y_plane) {
     DYNAMIC_SHARED(float, shared);
     Weights& k = *reinterpret_cast<Weights*>(shared);
-    T* image = reinterpret_cast<T*>(shared + sizeof(Weights) / sizeof(float));
-    T* e = image + IMAGE_CHANNELS * IMAGE_H * IMAGE_PITCH;
+    float* image = shared + sizeof(Weights) / sizeof(float);
+    float* e = image + IMAGE_CHANNELS * IMAGE_H * IMAGE_PITCH;
     const int tiles_x = (w + TILE_W - 1) / TILE_W, thread = threadIdx.x;
     const int x0 = blockIdx.x % tiles_x * TILE_W, y0 = blockIdx.x / tiles_x * TILE_H;
 
@@ -111,11 +106,11 @@ __device__ __forceinline__ void stem_block(Source source, const float* RESTRICT 
             }
         }
         const bool mine = inside && row >= 1 && row <= TILE_H && column >= 1 && column <= TILE_W;
-        T* out = s + static_cast<size_t>(oy) * w + ox;
+        float* out = s + static_cast<size_t>(oy) * w + ox;
         start(k.expand_b, expanded);
 #pragma unroll
         for (int o = 0; o < CHANNELS; ++o) {
-            const float v = stored(e, relu(sums[o]));
+            const float v = relu(sums[o]);
             if (mine) store(out + static_cast<size_t>(o) * s_plane, v);
             add_row(k.expand[o], v, expanded);
         }
@@ -135,13 +130,13 @@ __device__ __forceinline__ void stem_block(Source source, const float* RESTRICT 
         start(k.project_b, sums);
 #pragma unroll 4
         for (int c = 0; c < CHANNELS; ++c) {
-            const T* from = e + c * REACH_W * REACH_H + row * REACH_W + column;
+            const float* from = e + c * REACH_W * REACH_H + row * REACH_W + column;
             float v = k.depth_b[c];
 #pragma unroll
             for (int t = 0; t < 9; ++t) {
                 v += k.depth[t][c] * load(from + t / 3 * REACH_W + t % 3);
             }
-            add_row(k.project[c], stored(e, relu(v)), sums);
+            add_row(k.project[c], relu(v), sums);
         }
 #pragma unroll
         for (int o = 0; o < CHANNELS; ++o) {
@@ -169,28 +164,6 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                        const float* stem_b, const float* expand_w, const float* expand_b,
                        const float* depth_w, const float* depth_b, const float* project_w,
                        const float* project_b, float* s, float* y, int act, int in_h, int in_w,
-                       int h, int w, int s_batch, int s_plane, int y_batch, int y_plane) {
-    stem_block(Pixels{rgb, normalisation, in_h, in_w}, stem_w, stem_b, expand_w, expand_b, depth_w,
-               depth_b, project_w, project_b, s, y, act, in_h, in_w, h, w, s_batch, s_plane,
-               y_batch, y_plane);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 2)
-    stem_block_f16(const __half* x, int x_batch, int x_plane, const float* stem_w,
-                   const float* stem_b, const float* expand_w, const float* expand_b,
-                   const float* depth_w, const float* depth_b, const float* project_w,
-                   const float* project_b, __half* s, __half* y, int act, int in_h, int in_w, int h,
-                   int w, int s_batch, int s_plane, int y_batch, int y_plane) {
-    stem_block(Planes<__half>{x, x_batch, x_plane, in_w}, stem_w, stem_b, expand_w, expand_b,
-               depth_w, depth_b, project_w, project_b, s, y, act, in_h, in_w, h, w, s_batch,
-               s_plane, y_batch, y_plane);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 2)
-    stem_block_rgb_f16(const unsigned char* rgb, const float* normalisation, const float* stem_w,
-                       const float* stem_b, const float* expand_w, const float* expand_b,
-                       const float* depth_w, const float* depth_b, const float* project_w,
-                       const float* project_b, __half* s, __half* y, int act, int in_h, int in_w,
                        int h, int w, int s_batch, int s_plane, int y_batch, int y_plane) {
     stem_block(Pixels{rgb, normalisation, in_h, in_w}, stem_w, stem_b, expand_w, expand_b, depth_w,
                depth_b, project_w, project_b, s, y, act, in_h, in_w, h, w, s_batch, s_plane,

@@ -292,6 +292,12 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
     match class {
         "decoder_sums" | "decoder_labels" => return fused_decoder(class, launch, element),
         "strided_block" | "strided_pair" => return strided(group, launch, whole),
+        // By tensor cores but for the taps of its depthwise convolution.
+        "stem_block" | "stem_block_rgb" if element == Element::F16 => {
+            let beside = 18 * output as u64;
+            let flops = 2 * macs as u64;
+            return CommandCost { unit: Unit::Tensor, beside, ..of(launch, whole as u64, flops) };
+        }
         _ => {}
     }
     let (bytes, again, flops) = match class {

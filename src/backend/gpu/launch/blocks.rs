@@ -1,25 +1,46 @@
-//! Launch shapes of whole blocks of the network: stem_block.cu, strided_block.cu.
+//! Launch shapes of whole blocks of the network: stem_block.cu, stem_block_half.cu, strided_block.cu.
 
 use super::{Arg, Launch, THREADS, grid};
 use crate::backend::gpu::device::Element;
 use crate::graph::Shape;
 
-/// Shared memory of stem_block.cu: weights, the image and the expanded tensor around 30 x 14 pixels.
-pub fn stem_block_shared(element: Element) -> usize {
-    4 * 1152 + element.size() * (3 * 33 * 66 + 16 * 32 * 16)
+/// How stem_block.cu, or in f16 stem_block_half.cu, covers a plane.
+struct StemTiling {
+    threads: u32,
+    /// Rows and columns of outputs.
+    tile: (usize, usize),
+    shared_bytes: usize,
 }
 
-/// stem_block.cu: a block per tile of 30 x 14 pixels.
-pub fn stem_block(
-    kernel: &'static str,
-    output: Shape,
-    shared_bytes: usize,
-    args: Vec<Arg>,
-) -> Launch {
+fn stem_tiling(element: Element) -> StemTiling {
+    match element {
+        // Weights, the image and the expanded tensor around 30 x 14 pixels.
+        Element::F32 => StemTiling {
+            threads: THREADS,
+            tile: (14, 30),
+            shared_bytes: 4 * (1152 + 3 * 33 * 66 + 16 * 32 * 16),
+        },
+        // The same around 64 x 8, of the weights those that are not operands of products.
+        Element::F16 => StemTiling {
+            threads: 512,
+            tile: (8, 64),
+            shared_bytes: 4 * 208 + 2 * (3 * 21 * 160 + 688 * 20),
+        },
+    }
+}
+
+/// Shared memory of the stem's block.
+pub fn stem_block_shared(element: Element) -> usize {
+    stem_tiling(element).shared_bytes
+}
+
+/// stem_block.cu, stem_block_half.cu: a block per tile.
+pub fn stem_block(kernel: &'static str, element: Element, output: Shape, args: Vec<Arg>) -> Launch {
+    let StemTiling { threads, tile, shared_bytes } = stem_tiling(element);
     Launch {
         kernel,
-        grid: grid(output.h.div_ceil(14) * output.w.div_ceil(30), 1, output.n),
-        block: [THREADS, 1, 1],
+        grid: grid(output.h.div_ceil(tile.0) * output.w.div_ceil(tile.1), 1, output.n),
+        block: [threads, 1, 1],
         shared_bytes: shared_bytes as u32,
         args,
         cooperative: false,
