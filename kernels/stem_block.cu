@@ -1,15 +1,17 @@
-// The stem and the block of stage 1 (paper, Table 1) in one launch, batch norms folded:
+// The stem and the block of stage 1 (paper, Table 1) in one launch, batch norms folded, f32
+// (stem_block_half.cu is the same in f16):
 //   s = relu(3x3, stride 2 (x) + b)      3 -> 16 channels, x stored values or 8-bit RGB
 //   e = relu(We s + be),  d = relu(3x3 depthwise (e) + bd),  y = act(Wp d + bp + s)
 //
 // A block of 256 threads makes 30 x 14 pixels of s and y. It computes s and e on the 32 x 16 pixels
 // that the depthwise taps reach, two per thread, s in registers on the way to e, which goes to
-// shared memory (zeros outside of the plane: the padding is e's); d and y come pixel by pixel from
-// there, with s read back as the residual. Weights in shared memory, read by broadcast.
+// shared memory (zeros outside of the plane: the padding is e's); d and y, two pixels per thread, come
+// from there, with s read back as the residual. Weights in shared memory, read by broadcast, once for
+// two pixels.
 // Bytes: x with a halo (1.2), s and y once each: a third of what four launches move, whose e and d
 // go to memory and back. FLOPs: per pixel 2 * 1088, with 1.22 of the first 688 products.
-// Shared: 16 x 512 of e and 3 x 33 x 66 of x in the tensors' storage, 1152 floats of weights: 33 KB in
-// f16, 61 KB in f32. Launch: block (256), grid (tiles, 1, N): launch::stem_block().
+// Shared: 16 x 512 of e and 3 x 33 x 66 of x in f32, 1152 floats of weights: 61 KB.
+// Launch: block (256), grid (tiles, 1, N): launch::stem_block().
 #include "image.cuh"
 
 namespace {
@@ -27,30 +29,34 @@ struct Weights {
     float stem_b[CHANNELS], expand_b[CHANNELS], depth_b[CHANNELS], project_b[CHANNELS];
 };
 
-// sums[o] += w[o] * v.
-__device__ __forceinline__ void add_row(const float* w, float v, float (&sums)[CHANNELS]) {
+// Pixels of a thread at a time: a weight comes out of shared memory once for all of them.
+constexpr int AT_ONCE = 2, THREADS = 256;
+
+// sums[i][o] += w[o] * v[i].
+__device__ __forceinline__ void add_row(const float* w, const float (&v)[AT_ONCE],
+                                        float (&sums)[AT_ONCE][CHANNELS]) {
 #pragma unroll
     for (int o = 0; o < CHANNELS; o += 4) {
         const float4 k = *reinterpret_cast<const float4*>(w + o);
-        sums[o] += k.x * v;
-        sums[o + 1] += k.y * v;
-        sums[o + 2] += k.z * v;
-        sums[o + 3] += k.w * v;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            sums[i][o] += k.x * v[i];
+            sums[i][o + 1] += k.y * v[i];
+            sums[i][o + 2] += k.z * v[i];
+            sums[i][o + 3] += k.w * v[i];
+        }
     }
 }
 
-__device__ __forceinline__ void start(const float* b, float (&sums)[CHANNELS]) {
+__device__ __forceinline__ void start(const float* b, float (&sums)[AT_ONCE][CHANNELS]) {
 #pragma unroll
-    for (int o = 0; o < CHANNELS; ++o) sums[o] = b[o];
+    for (int o = 0; o < CHANNELS; ++o) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) sums[i][o] = b[o];
+    }
 }
 
-// A value as memory will hold it.
-__device__ __forceinline__ float stored(const float*, float v) { return v; }
-__device__ __forceinline__ float stored(const __half*, float v) {
-    return __half2float(__float2half(v));
-}
-
-template <typename Source, typename T>
+template <typename Source>
 __device__ __forceinline__ void stem_block(Source source, const float* RESTRICT stem_w,
                                            const float* RESTRICT stem_b,
                                            const float* RESTRICT expand_w,
@@ -58,18 +64,18 @@ __device__ __forceinline__ void stem_block(Source source, const float* RESTRICT 
                                            const float* RESTRICT depth_w,
                                            const float* RESTRICT depth_b,
                                            const float* RESTRICT project_w,
-                                           const float* RESTRICT project_b, T* s, T* y, int act,
+                                           const float* RESTRICT project_b, float* s, float* y, int act,
                                            int in_h, int in_w, int h, int w, int s_batch,
                                            int s_plane, int y_batch, int y_plane) {
     DYNAMIC_SHARED(float, shared);
     Weights& k = *reinterpret_cast<Weights*>(shared);
-    T* image = reinterpret_cast<T*>(shared + sizeof(Weights) / sizeof(float));
-    T* e = image + IMAGE_CHANNELS * IMAGE_H * IMAGE_PITCH;
+    float* image = shared + sizeof(Weights) / sizeof(float);
+    float* e = image + IMAGE_CHANNELS * IMAGE_H * IMAGE_PITCH;
     const int tiles_x = (w + TILE_W - 1) / TILE_W, thread = threadIdx.x;
     const int x0 = blockIdx.x % tiles_x * TILE_W, y0 = blockIdx.x / tiles_x * TILE_H;
 
     start_next();
-    for (int i = thread; i < IMAGE_CHANNELS * 9 * CHANNELS; i += 256) {
+    for (int i = thread; i < IMAGE_CHANNELS * 9 * CHANNELS; i += THREADS) {
         k.stem[i / CHANNELS][i % CHANNELS] =
             stem_w[i % CHANNELS * IMAGE_CHANNELS * 9 + i / CHANNELS];
     }
@@ -83,70 +89,122 @@ __device__ __forceinline__ void stem_block(Source source, const float* RESTRICT 
         k.project_b[thread] = project_b[thread];
     }
     wait_for_previous();
-    // Pixel (0, 0) of the reach is (y0 - 1, x0 - 1); its first tap is one pixel before 2 (y0 - 1).
+    // Pixel (0, 0) of the reach is (y0 - 1, x0 - 1); its first tap is one pixel before 2 (y0 - 1). All
+    // loads of a channel are under way before the first is used.
     for (int c = 0; c < IMAGE_CHANNELS; ++c) {
         const typename Source::Channel plane = source.channel(blockIdx.z, c);
-        for (int i = thread; i < IMAGE_H * IMAGE_W; i += 256) {
-            const int r = i / IMAGE_W, column = i % IMAGE_W;
-            const int iy = 2 * y0 - 3 + r, ix = 2 * x0 - 3 + column;
+        constexpr int LOADS = (IMAGE_H * IMAGE_W + THREADS - 1) / THREADS;
+        float v[LOADS];
+#pragma unroll
+        for (int k = 0; k < LOADS; ++k) {
+            const int i = thread + k * THREADS;
+            const int iy = 2 * y0 - 3 + i / IMAGE_W, ix = 2 * x0 - 3 + i % IMAGE_W;
             const bool inside = iy >= 0 && iy < in_h && ix >= 0 && ix < in_w;
-            store(image + (c * IMAGE_H + r) * IMAGE_PITCH + column,
-                  inside ? plane.at(iy, ix) : 0.0f);
+            v[k] = inside && i < IMAGE_H * IMAGE_W ? plane.at(iy, ix) : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < LOADS; ++k) {
+            const int i = thread + k * THREADS;
+            if (i >= IMAGE_H * IMAGE_W) break;
+            image[(c * IMAGE_H + i / IMAGE_W) * IMAGE_PITCH + i % IMAGE_W] = v[k];
         }
     }
     __syncthreads();
 
     s += plane_at(blockIdx.z, s_batch, 0, 0);
-    for (int i = thread; i < REACH_W * REACH_H; i += 256) {
-        const int row = i / REACH_W, column = i % REACH_W;
-        const int oy = y0 - 1 + row, ox = x0 - 1 + column;
-        const bool inside = oy >= 0 && oy < h && ox >= 0 && ox < w;
-        float sums[CHANNELS], expanded[CHANNELS];
+    {
+        static_assert(REACH_W * REACH_H == AT_ONCE * THREADS, "all pixels at once");
+        const int row = thread / REACH_W, column = thread % REACH_W, ox = x0 - 1 + column;
+        constexpr int ROWS = THREADS / REACH_W;
+        float sums[AT_ONCE][CHANNELS], expanded[AT_ONCE][CHANNELS];
         start(k.stem_b, sums);
+#pragma unroll 1
         for (int c = 0; c < IMAGE_CHANNELS; ++c) {
+            const float* from = image + (c * IMAGE_H + 2 * row) * IMAGE_PITCH + 2 * column;
 #pragma unroll
             for (int t = 0; t < 9; ++t) {
-                const int at = (c * IMAGE_H + 2 * row + t / 3) * IMAGE_PITCH + 2 * column + t % 3;
-                add_row(k.stem[9 * c + t], load(image + at), sums);
+                float v[AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    v[i] = from[(2 * ROWS * i + t / 3) * IMAGE_PITCH + t % 3];
+                }
+                add_row(k.stem[9 * c + t], v, sums);
             }
         }
-        const bool mine = inside && row >= 1 && row <= TILE_H && column >= 1 && column <= TILE_W;
-        T* out = s + static_cast<size_t>(oy) * w + ox;
+        bool inside[AT_ONCE], mine[AT_ONCE];
+        float* out[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            const int at = row + ROWS * i, oy = y0 - 1 + at;
+            inside[i] = oy >= 0 && oy < h && ox >= 0 && ox < w;
+            mine[i] = inside[i] && at >= 1 && at <= TILE_H && column >= 1 && column <= TILE_W;
+            out[i] = s + static_cast<size_t>(oy) * w + ox;
+        }
         start(k.expand_b, expanded);
 #pragma unroll
         for (int o = 0; o < CHANNELS; ++o) {
-            const float v = stored(e, relu(sums[o]));
-            if (mine) store(out + static_cast<size_t>(o) * s_plane, v);
+            float v[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                v[i] = relu(sums[i][o]);
+                if (mine[i]) out[i][static_cast<size_t>(o) * s_plane] = v[i];
+            }
             add_row(k.expand[o], v, expanded);
         }
 #pragma unroll
         for (int o = 0; o < CHANNELS; ++o) {
-            store(e + o * REACH_W * REACH_H + i, inside ? relu(expanded[o]) : 0.0f);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                e[o * REACH_W * REACH_H + thread + i * THREADS] =
+                    inside[i] ? relu(expanded[i][o]) : 0.0f;
+            }
         }
     }
     __syncthreads();
 
+    static_assert(TILE_W * TILE_H <= AT_ONCE * THREADS, "all pixels at once");
     y += plane_at(blockIdx.z, y_batch, 0, 0);
-    for (int i = thread; i < TILE_W * TILE_H; i += 256) {
-        const int row = i / TILE_W, column = i % TILE_W, oy = y0 + row, ox = x0 + column;
-        if (oy >= h || ox >= w) continue;
-        const size_t p = static_cast<size_t>(oy) * w + ox;
-        float sums[CHANNELS];
-        start(k.project_b, sums);
-#pragma unroll 4
-        for (int c = 0; c < CHANNELS; ++c) {
-            const T* from = e + c * REACH_W * REACH_H + row * REACH_W + column;
-            float v = k.depth_b[c];
+    const float* from[AT_ONCE];
+    size_t p[AT_ONCE];
+    bool inside[AT_ONCE];
 #pragma unroll
-            for (int t = 0; t < 9; ++t) {
-                v += k.depth[t][c] * load(from + t / 3 * REACH_W + t % 3);
+    for (int i = 0; i < AT_ONCE; ++i) {
+        const int at = thread + i * THREADS, row = at / TILE_W, column = at % TILE_W;
+        inside[i] = row < TILE_H && y0 + row < h && x0 + column < w;
+        p[i] = static_cast<size_t>(y0 + row) * w + x0 + column;
+        // Of threads without a second pixel, the first one again.
+        from[i] = row < TILE_H ? e + row * REACH_W + column : from[0];
+    }
+    float sums[AT_ONCE][CHANNELS];
+    start(k.project_b, sums);
+#pragma unroll 2
+    for (int c = 0; c < CHANNELS; ++c) {
+        float v[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) v[i] = k.depth_b[c];
+#pragma unroll
+        for (int t = 0; t < 9; ++t) {
+            const float tap = k.depth[t][c];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                v[i] += tap * from[i][c * REACH_W * REACH_H + t / 3 * REACH_W + t % 3];
             }
-            add_row(k.project[c], stored(e, relu(v)), sums);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) v[i] = relu(v[i]);
+        add_row(k.project[c], v, sums);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+        if (!inside[i]) continue;
+        float residual[CHANNELS];
+#pragma unroll
+        for (int o = 0; o < CHANNELS; ++o) {
+            residual[o] = s[static_cast<size_t>(o) * s_plane + p[i]];
         }
 #pragma unroll
         for (int o = 0; o < CHANNELS; ++o) {
-            const float v = sums[o] + load(s + static_cast<size_t>(o) * s_plane + p);
-            store(y + static_cast<size_t>(o) * y_plane + p, activate(v, act));
+            y[static_cast<size_t>(o) * y_plane + p[i]] = activate(sums[i][o] + residual[o], act);
         }
     }
 }
@@ -169,28 +227,6 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                        const float* stem_b, const float* expand_w, const float* expand_b,
                        const float* depth_w, const float* depth_b, const float* project_w,
                        const float* project_b, float* s, float* y, int act, int in_h, int in_w,
-                       int h, int w, int s_batch, int s_plane, int y_batch, int y_plane) {
-    stem_block(Pixels{rgb, normalisation, in_h, in_w}, stem_w, stem_b, expand_w, expand_b, depth_w,
-               depth_b, project_w, project_b, s, y, act, in_h, in_w, h, w, s_batch, s_plane,
-               y_batch, y_plane);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 2)
-    stem_block_f16(const __half* x, int x_batch, int x_plane, const float* stem_w,
-                   const float* stem_b, const float* expand_w, const float* expand_b,
-                   const float* depth_w, const float* depth_b, const float* project_w,
-                   const float* project_b, __half* s, __half* y, int act, int in_h, int in_w, int h,
-                   int w, int s_batch, int s_plane, int y_batch, int y_plane) {
-    stem_block(Planes<__half>{x, x_batch, x_plane, in_w}, stem_w, stem_b, expand_w, expand_b,
-               depth_w, depth_b, project_w, project_b, s, y, act, in_h, in_w, h, w, s_batch,
-               s_plane, y_batch, y_plane);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 2)
-    stem_block_rgb_f16(const unsigned char* rgb, const float* normalisation, const float* stem_w,
-                       const float* stem_b, const float* expand_w, const float* expand_b,
-                       const float* depth_w, const float* depth_b, const float* project_w,
-                       const float* project_b, __half* s, __half* y, int act, int in_h, int in_w,
                        int h, int w, int s_batch, int s_plane, int y_batch, int y_plane) {
     stem_block(Pixels{rgb, normalisation, in_h, in_w}, stem_w, stem_b, expand_w, expand_b, depth_w,
                depth_b, project_w, project_b, s, y, act, in_h, in_w, h, w, s_batch, s_plane,

@@ -222,15 +222,20 @@ fn a_decoder_in_two_launches_agrees_with_the_cpu() {
 }
 
 /// Sides that are odd, tiles with a rest, more than one tile, images; rows of 16 bytes; blocks whose
-/// projection has another non-linearity.
+/// projection has another non-linearity; dilations that no kernel is made for, with
+/// which only the narrower pair fits.
 #[test]
 fn strided_blocks_in_one_launch_agree_with_the_cpu() {
-    for (block_activation, size) in
-        [(BlockActivation::Linear, (3, 75, 141)), (BlockActivation::Relu, (1, 64, 128))]
-    {
-        let config = ModelConfig { p: 2, q: 2, block_activation, ..ModelConfig::default() };
+    let usual = ModelConfig::default().dilations;
+    for (block_activation, dilations, pairs, size) in [
+        (BlockActivation::Linear, usual.clone(), 2, (3, 75, 141)),
+        (BlockActivation::Relu, usual, 2, (1, 64, 128)),
+        (BlockActivation::Relu, vec![3, 6, 1, 2], 1, (1, 36, 72)),
+    ] {
+        let config =
+            ModelConfig { p: 2, q: 2, block_activation, dilations, ..ModelConfig::default() };
         let used = network_kernels(&config, size, Element::F16, Variants::default());
-        assert_eq!(count(&used, "strided_pair_"), 2, "{used:?}");
+        assert_eq!(count(&used, "strided_pair_"), pairs, "{used:?}");
         let model = Model::init(config, 8).unwrap();
         let cpu = || -> Box<dyn Backend> { Box::new(CpuBackend::new(Some(1)).unwrap()) };
         let (reference, _) = outputs(&model, cpu, size);

@@ -292,6 +292,12 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
     match class {
         "decoder_sums" | "decoder_labels" => return fused_decoder(class, launch, element),
         "strided_block" | "strided_pair" => return strided(group, launch, whole),
+        // By tensor cores but for the taps of its depthwise convolution.
+        "stem_block" | "stem_block_rgb" if element == Element::F16 => {
+            let beside = 18 * output as u64;
+            let flops = 2 * macs as u64;
+            return CommandCost { unit: Unit::Tensor, beside, ..of(launch, whole as u64, flops) };
+        }
         _ => {}
     }
     let (bytes, again, flops) = match class {
@@ -464,37 +470,27 @@ fn in_bytes(group: &Group, launch: &Launch, size: usize) -> usize {
 /// A launch for most of a strided block, whose steps move `whole` bytes. Halos are expanded as well.
 fn strided(group: &Group, launch: &Launch, whole: usize) -> CommandCost {
     let x = group.first().inputs[0].shape;
-    let outputs = launch.grid[0] as usize * x.n * launch::STRIDED_TILE.pow(2);
     let blocks = launch.grid.iter().map(|&n| n as usize).product::<usize>();
     let pair = class(launch.kernel) == "strided_pair";
-    // Behind pointers and non-linearities: how many branches are fine, and their dilations.
+    // Behind pointers and non-linearities: how many branches are fine, and their dilations. Before the
+    // strides of y: columns of a tile.
     let first = if pair { 11 } else { 4 };
     let branches = if pair { 4 } else { launch.grid[1] as usize };
-    let (fine, dilation) = (int(launch, first), |branch: usize| int(launch, first + 1 + branch));
-    let farthest = |from, to| (from..to).map(dilation).max().unwrap_or(0);
-    let (expanded, loaded) = match pair {
-        false => {
-            let stride = |branch| if branch < fine { 2 } else { 1 };
-            let pixels = |branch| launch::strided_pixels((stride(branch), dilation(branch)));
-            let pixels = (0..branches).map(pixels).sum::<usize>();
-            (pixels, pixels)
-        }
-        // All branches of a grid have the pixels of the farthest one.
-        true => {
-            let fine_pixels = launch::strided_pixels((2, farthest(0, fine)));
-            let coarse_pixels = launch::strided_pixels((1, farthest(fine, branches)));
-            let all = fine * fine_pixels + (branches - fine) * coarse_pixels;
-            (all, fine_pixels + coarse_pixels)
-        }
-    };
+    let tile_w = if pair { launch::STRIDED_TILE } else { int(launch, 27) };
     let tiles = launch.grid[0] as usize * x.n;
-    let (expanded, loaded) = (expanded * tiles, loaded * tiles);
+    let outputs = tiles * launch::STRIDED_TILE * tile_w;
+    let fine = int(launch, first);
+    let pixels = |branch: usize| {
+        let stride = if branch < fine { 2 } else { 1 };
+        launch::strided_pixels(x.c, tile_w, (stride, int(launch, first + 1 + branch)))
+    };
+    let expanded = (0..branches).map(pixels).sum::<usize>() * tiles;
     let taps = 18 * x.c * branches * outputs;
     let products = 2 * x.c * x.c * expanded + if pair { 16 * x.c * x.c * outputs } else { 0 };
     // Blocks of one branch read their share of the weights.
     let share = if pair { 1 } else { branches };
     let weights = group.parameters() * (blocks / share - 1);
-    let again = Element::F16.size() * ((x.c * loaded).saturating_sub(x.len()) + weights);
+    let again = Element::F16.size() * ((x.c * expanded).saturating_sub(x.len()) + weights);
     let (beside, flops) = (taps as u64, (products + taps) as u64);
     let again = again as u64;
     CommandCost { unit: Unit::Tensor, beside, again, ..of(launch, whole as u64, flops) }

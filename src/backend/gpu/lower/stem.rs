@@ -40,12 +40,12 @@ pub(super) fn block(low: &mut Lowering, steps: &[Step], rgb: Option<[Buffer; 2]>
         return false;
     };
     let wanted = low.plan.mode != Mode::Training && low.variants.stem == Stem::Fused;
-    let shared_bytes = launch::stem_block_shared(low.element);
+    let fits_memory = launch::stem_block_shared(low.element) <= low.shared_limit;
     let shapes = fits(stem_op, x.shape, s.shape)
         && pointwise(expand_op, Act::Relu)
         && plain(depth)
         && (pointwise(project_op, Act::None) || pointwise(project_op, Act::Relu));
-    if !(wanted && linked && safe && shapes && shared_bytes <= low.shared_limit) {
+    if !(wanted && linked && safe && shapes && fits_memory) {
         return false;
     }
     let (name, mut args) = match rgb {
@@ -80,7 +80,7 @@ pub(super) fn block(low: &mut Lowering, steps: &[Step], rgb: Option<[Buffer; 2]>
         y.batch_stride,
         y.plane_stride,
     ]);
-    low.launch(launch::stem_block(name, y.shape, shared_bytes, args));
+    low.launch(launch::stem_block(name, low.element, y.shape, args));
     true
 }
 

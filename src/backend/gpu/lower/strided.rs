@@ -90,7 +90,7 @@ impl Block<'_> {
     }
 
     /// Stride and dilation of every branch.
-    fn branches(&self) -> impl Iterator<Item = (usize, usize)> {
+    fn branches(&self) -> impl Iterator<Item = (usize, usize)> + Clone {
         let sides = [(2, self.fine.1), (1, self.coarse.1)];
         sides.into_iter().flat_map(|(stride, op)| op.dilations.iter().map(move |d| (stride, *d)))
     }
@@ -130,7 +130,7 @@ fn branches(low: &mut Lowering, block: &Block, later: &[Step]) -> Option<usize> 
     let (half_params, y) = (low.memory.params_half.filter(|_| safe)?, block.y);
     let mut args = args![low.at(block.x), half_params, low.memory.params, low.at(y)];
     args.extend(block.args(low)?);
-    args.extend(args![y.batch_stride, y.plane_stride]);
+    args.extend(args![tiling.tile_w, y.batch_stride, y.plane_stride]);
     low.launch(launch::strided_block(tiling, y.shape, block.dilations().len(), args));
     Some(STEPS)
 }
