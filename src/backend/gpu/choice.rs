@@ -254,10 +254,13 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
 /// and so is what changes labels.
 pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 
-/// Choices that the cost model leaves to a measurement. What it would decide them by, the price of a
-/// barrier across the grid, is an assumption that no card has confirmed, and blocks that wait for each
-/// other hang where the driver does not keep all of them resident.
-pub const MEASURED: [(&str, &str); 1] = [("stage3", "persistent")];
+/// Choices that the cost model leaves to a measurement. It counts bytes and operations, and knows nothing of
+/// waiting: what loads in every row and branch waits for each, and on an H100 the cascades that do took
+/// longer than the one that fetches ahead, whatever the bytes (benches/results). What it would
+/// decide a persistent stage by, the price of a barrier across the grid, is an assumption, and blocks that
+/// wait for each other hang where the driver does not keep all of them resident.
+pub const MEASURED: [(&str, &str); 3] =
+    [("stage3", "persistent"), ("cascade", "stored"), ("cascade", "wide")];
 
 /// Whether a choice is one that only a measurement makes.
 fn measured_only(variants: Variants) -> bool {
