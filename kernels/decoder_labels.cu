@@ -19,8 +19,8 @@
 // Bytes: x1 1.2 times and x2 1.7 times with their halos, mostly out of L2, t, a byte per label. FLOPs:
 // 2 (channels + 4) (classes + 1) per pixel of z and scores, 8 classes per label.
 // Shared: 81 bytes per pixel of z and of scores, the maps: 43 KB in f16, 44 KB in f32, for factors of
-// two. Registers are held to what lets four blocks live on a multiprocessor from Ampere
-// on: at 1024 x 512 an H100 has all of them at once.
+// two. Registers are held to what lets four blocks live on a multiprocessor from Ampere on: an H100 has
+// all blocks of 1024 x 512 at once.
 // Launch: 256 threads, grid (tiles of labels, 1, N): launch::decoder_labels().
 #include "bilinear.cuh"
 #include "decoder.cuh"

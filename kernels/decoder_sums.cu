@@ -16,7 +16,7 @@
 // Bytes: x2 once, s3 once and half again out of L2, t; 4 (2 c3 + c2 + 1) per block there and back.
 // FLOPs: per pixel 3 c2 + 1 of x2, 2 c3 (classes + 2) of s3. Tensor cores make t in f16.
 // The end, one block's: 128 partial sums of 321 means at 1024 x 512, 30 k products of gates, 90 k of
-// maps. Shared: the larger of what tiles and end need, 52 KB: launch::DecoderShape::tiling().
+// maps. Shared: the larger of what tiles and end need, 51 KB: launch::DecoderShape::tiling().
 // Launch: 512 threads, grid (tiles of x2, 1, N): launch::decoder_sums().
 #include "bilinear.cuh"
 #include "decoder.cuh"

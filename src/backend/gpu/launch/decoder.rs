@@ -152,7 +152,7 @@ impl DecoderShape {
     /// whole number of tiles of the tensor cores, s3 not half as large as x2, or more shared memory
     /// than `limit`.
     pub fn tiling(&self, element: Element, limit: usize) -> Option<DecoderTiling> {
-        let (s3, x2, x1, size) = (self.s3, self.x2, self.x1, self.size);
+        let (s3, x2, x1) = (self.s3, self.x2, self.x1);
         let halved = (s3.h, s3.w) == (x2.h.div_ceil(2), x2.w.div_ceil(2));
         let whole = |shape: Shape| element == Element::F32 || shape.c.is_multiple_of(16);
         if self.classes >= MAP_ROWS || !halved || ![s3, x2, x1].into_iter().all(whole) {
