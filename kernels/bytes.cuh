@@ -71,19 +71,23 @@ __device__ __forceinline__ __half widen(Byte byte, float scale) {
 
 // Pixels `first` to `first + P` of `rows` planes into shared memory, zeros behind the last of
 // `pixels`. `all`: memory has all P pixels, and every sixteen of them can be moved at once.
-template <int P, int PITCH, int UNROLL, int THREADS = TILE_THREADS>
+template <int P, int PITCH, int AT_ONCE, int THREADS = TILE_THREADS>
 __device__ __forceinline__ void stage_bytes(const Byte* from, const float* RESTRICT scales,
                                             int plane_stride, int rows, int first, int pixels,
                                             bool all, __half* to) {
     if (all) {
         constexpr int SIXTEENS = P / 16;
-#pragma unroll UNROLL
-        for (int i = threadIdx.x; i < rows * SIXTEENS; i += THREADS) {
-            const int r = i / SIXTEENS, p = i % SIXTEENS * 16;
-            const uint4 bytes = *reinterpret_cast<const uint4*>(
-                from + static_cast<size_t>(r) * plane_stride + first + p);
-            widen_sixteen(bytes, __float2half2_rn(scales[r]), to + r * PITCH + p);
-        }
+        move_vectors<AT_ONCE, THREADS>(
+            rows * SIXTEENS,
+            [=](int i) {
+                const int r = i / SIXTEENS, p = i % SIXTEENS * 16;
+                return *reinterpret_cast<const uint4*>(
+                    from + static_cast<size_t>(r) * plane_stride + first + p);
+            },
+            [=](int i, const uint4& v) {
+                const int r = i / SIXTEENS, p = i % SIXTEENS * 16;
+                widen_sixteen(v, __float2half2_rn(scales[r]), to + r * PITCH + p);
+            });
     } else {
         for (int i = threadIdx.x; i < rows * P; i += THREADS) {
             const int r = i / P, p = i % P;

@@ -42,16 +42,16 @@ __device__ __forceinline__ bool whole_tile(const Byte* base, Planes at, int firs
 }
 
 // x of a tile into shared memory, as halves.
-template <int P, int PITCH, int UNROLL, int THREADS, typename Op>
+template <int P, int PITCH, int AT_ONCE, int THREADS, typename Op>
 __device__ __forceinline__ void stage_x(const Op& op, const __half* x, int rows, int first,
                                         bool all, __half* to) {
-    stage_pixels<P, PITCH, UNROLL, THREADS>(x, op.xs.plane, rows, rows, first, op.pixels, all, to);
+    stage_pixels<P, PITCH, AT_ONCE, THREADS>(x, op.xs.plane, rows, rows, first, op.pixels, all, to);
 }
 
-template <int P, int PITCH, int UNROLL, int THREADS, typename Op>
+template <int P, int PITCH, int AT_ONCE, int THREADS, typename Op>
 __device__ __forceinline__ void stage_x(const Op& op, const Byte* x, int rows, int first, bool all,
                                         __half* to) {
-    stage_bytes<P, PITCH, UNROLL / 2, THREADS>(x, op.x_scales, op.xs.plane, rows, first, op.pixels,
+    stage_bytes<P, PITCH, AT_ONCE / 2, THREADS>(x, op.x_scales, op.xs.plane, rows, first, op.pixels,
                                                all, to);
 }
 
@@ -236,7 +236,8 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op,
                         whole_tile<P>(op.y, op.ys, first, pixels) && (X_BYTES || x_whole) &&
                         (Z_BYTES || z_whole);
     const X* x = op.x + plane_at(image, op.xs.batch, 0, 0);
-    stage_x<P, L::PITCH, 8, THREADS>(op, x, L::E, first, X_BYTES ? x_whole : inside, shared);
+    constexpr int EACH = L::E * P / 8 / THREADS;
+    stage_x<P, L::PITCH, (EACH < 8 ? EACH : 8), THREADS>(op, x, L::E, first, X_BYTES ? x_whole : inside, shared);
     __syncthreads();
     pair_products<C, P, STAGED, THREADS>(op, Line{first, pixels}, inside,
                                          Z_BYTES ? z_whole : inside, image, shared);

@@ -74,16 +74,36 @@ __device__ __forceinline__ void load_eight(const float* from, float (&v)[8]) {
     v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
 }
 
+// Moves `count` vectors of 16 bytes, AT_ONCE of a thread's loads under way at a time. A loop that is
+// merely unrolled waits for every load of its remainder.
+template <int AT_ONCE, int THREADS, typename Load, typename Store>
+__device__ __forceinline__ void move_vectors(int count, const Load& load, const Store& store) {
+#pragma unroll 1
+    for (int first = threadIdx.x; first < count; first += AT_ONCE * THREADS) {
+        uint4 v[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            if (first + j * THREADS < count) v[j] = load(first + j * THREADS);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            if (first + j * THREADS < count) store(first + j * THREADS, v[j]);
+        }
+    }
+}
+
 // A row-major matrix of halves into shared memory, rows of `pitch`; all threads of the block.
 template <int ROWS, int COLUMNS, int PITCH, int THREADS = TILE_THREADS>
 __device__ __forceinline__ void stage_matrix(const __half* RESTRICT from, __half* to) {
-    constexpr int EIGHTS = COLUMNS / 8;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < ROWS * EIGHTS; i += THREADS) {
-        const int r = i / EIGHTS, c = i % EIGHTS * 8;
-        *reinterpret_cast<uint4*>(to + r * PITCH + c) =
-            *reinterpret_cast<const uint4*>(from + r * COLUMNS + c);
-    }
+    constexpr int EIGHTS = COLUMNS / 8, EACH = (ROWS * EIGHTS + THREADS - 1) / THREADS;
+    move_vectors<(EACH < 8 ? EACH : 8), THREADS>(
+        ROWS * EIGHTS,
+        [from](int i) {
+            return *reinterpret_cast<const uint4*>(from + i / EIGHTS * COLUMNS + i % EIGHTS * 8);
+        },
+        [to](int i, const uint4& v) {
+            *reinterpret_cast<uint4*>(to + i / EIGHTS * PITCH + i % EIGHTS * 8) = v;
+        });
 }
 
 // Where a pixel of the tile is in a plane that is read pixel by pixel.
@@ -94,22 +114,24 @@ struct Dense {
 // Pixels `first` to `first + P` of `rows` planes into shared memory. There are `depth` planes and
 // `pixels` pixels; beyond them are zeros. `all`: all P pixels exist, at Dense's places, and every
 // eight of them can be moved at once.
-template <int P, int PITCH, int UNROLL, int THREADS = TILE_THREADS, typename Places = Dense>
+template <int P, int PITCH, int AT_ONCE, int THREADS = TILE_THREADS, typename Places = Dense>
 __device__ __forceinline__ void stage_pixels(const __half* from, int plane_stride, int rows,
                                              int depth, int first, int pixels, bool all,
                                              __half* to, const Places& places = {}) {
     if (all) {
         constexpr int EIGHTS = P / 8;
-#pragma unroll UNROLL
-        for (int i = threadIdx.x; i < rows * EIGHTS; i += THREADS) {
-            const int r = i / EIGHTS, p = i % EIGHTS * 8;
-            uint4 v = {0, 0, 0, 0};
-            if (r < depth) {
-                v = *reinterpret_cast<const uint4*>(from + static_cast<size_t>(r) * plane_stride +
-                                                    first + p);
-            }
-            *reinterpret_cast<uint4*>(to + r * PITCH + p) = v;
-        }
+        move_vectors<AT_ONCE, THREADS>(
+            rows * EIGHTS,
+            [=](int i) {
+                const int r = i / EIGHTS, p = i % EIGHTS * 8;
+                const uint4 none = {0, 0, 0, 0};
+                if (r >= depth) return none;
+                return *reinterpret_cast<const uint4*>(
+                    from + static_cast<size_t>(r) * plane_stride + first + p);
+            },
+            [=](int i, const uint4& v) {
+                *reinterpret_cast<uint4*>(to + i / EIGHTS * PITCH + i % EIGHTS * 8) = v;
+            });
     } else {
         for (int i = threadIdx.x; i < rows * P; i += THREADS) {
             const int r = i / P, p = i % P;
