@@ -20,17 +20,16 @@ namespace {
 
 constexpr int AHEAD_THREADS = 512, AHEAD_WARPS = AHEAD_THREADS / 32;
 
-// A branch's part of a tile, in planes with `side` columns of zeros left and right.
+// A block's rows of the planes, and what of them a warp takes: 64 columns, shared with `sharers` warps,
+// of which it is number `sharer`.
 template <typename T>
-struct Rows {
-    const T* in;
-    T* carried;       // the next branch's input, which takes this one's result in; null where none does
-    const T* zeros;   // a row
-    T* out;           // the branch's plane in memory
-    int first, end;   // rows that are computed
-    int tile, tile_end;  // and of those written
-    int from, to;     // rows that are at hand
-    int pitch, side, w;
+struct Walk {
+    const T* zeros;      // a row of zeros, at the warp's columns, as are all of these
+    T* planes;           // the first branch's rows
+    int region, pitch;   // from branch to branch, from row to row
+    int from, to;        // rows that are at hand
+    int tile, tile_end;  // rows that are written
+    int w, sharer, sharers;
 };
 
 // D: the dilation; 0 for one that is even and not known before.
@@ -44,35 +43,32 @@ __device__ __forceinline__ Row taps_at(const T* at, int d) {
     return {load_pair(at - far), load_pair(at), load_pair(at + far)};
 }
 
-template <int D, typename T>
-__device__ __forceinline__ void walk_rows(const Rows<T>& op, int dilation, const float* params) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Rows first .. end of a branch: to memory, and, where it CARRIES, onto the next branch's input.
+template <int D, bool CARRIES, typename T>
+__device__ __forceinline__ void walk_rows(const Walk<T>& op, const T* in, T* out, int dilation,
+                                          int first_row, int end_row, const float* params) {
     const int d = D > 0 ? D : dilation;
-    const int groups = (op.w + 63) / 64, lines = groups * d;
-    // As many pieces of a line as give every warp one.
-    const int pieces = (AHEAD_WARPS + lines - 1) / lines;
-    const int length = ((op.end - op.first + d - 1) / d + pieces - 1) / pieces;
+    // As many pieces of a line as give every sharer one.
+    const int pieces = max(op.sharers / d, 1);
+    const int length = ((end_row - first_row + d - 1) / d + pieces - 1) / pieces;
     float k[9];
 #pragma unroll
     for (int t = 0; t < 9; ++t) k[t] = params[t];
     const float bias = params[9];
+    const int step = d * op.pitch, out_step = d * op.w;
 #pragma unroll 1
-    for (int task = warp; task < lines * pieces; task += AHEAD_WARPS) {
-        const int x = task % groups * 64 + 2 * lane, line = task / groups;
-        const int first = op.first + line % d + line / d * length * d;
-        const int end = min(op.end, first + length * d);
-        if (first >= end || x >= op.w) continue;
-        const int column = op.side + x, step = d * op.pitch;
-        const T* zeros = op.zeros + column;
-        const T* at = op.in + (first - op.from) * op.pitch + column;
-        T* carried = op.carried + (at - op.in);
-        T* out = op.out + static_cast<size_t>(first) * op.w + x;
-        Row above = taps_at<D>(first - d >= op.from ? at - step : zeros, d);
+    for (int line = op.sharer; line < d * pieces; line += op.sharers) {
+        const int first = first_row + line % d + line / d * length * d;
+        const int end = min(end_row, first + length * d);
+        if (first >= end) continue;
+        const T* at = in + (first - op.from) * op.pitch;
+        T* to = out + first * op.w;
+        Row above = taps_at<D>(first - d >= op.from ? at - step : op.zeros, d);
         Row here = taps_at<D>(at, d);
 #pragma unroll 3
         for (int y = first; y < end; y += d) {
-            at += step;
-            const Row below = taps_at<D>(y + d < op.to ? at : zeros, d);
+            const T* next = at + step;
+            const Row below = taps_at<D>(y + d < op.to ? next : op.zeros, d);
             float a = bias, b = bias;
             a += k[0] * above.left.a, b += k[0] * above.left.b;
             a += k[1] * above.middle.a, b += k[1] * above.middle.b;
@@ -84,59 +80,49 @@ __device__ __forceinline__ void walk_rows(const Rows<T>& op, int dilation, const
             a += k[7] * below.middle.a, b += k[7] * below.middle.b;
             a += k[8] * below.right.a, b += k[8] * below.right.b;
             const Pair v = {relu(a), relu(b)};
-            if (y >= op.tile && y < op.tile_end) store_pair(out, v);
-            if (op.carried != nullptr) {
-                const Pair next = load_pair(carried);
-                store_pair(carried, Pair{next.a + v.a, next.b + v.b});
-                carried += step;
+            if (CARRIES) {
+                // Only rows that others read are beside the tile; the last branch has none.
+                if (y >= op.tile && y < op.tile_end) store_pair(to, v);
+                T* carried = const_cast<T*>(at) + op.region;
+                const Pair before = load_pair(carried);
+                store_pair(carried, Pair{before.a + v.a, before.b + v.b});
+            } else {
+                store_pair(to, v);
             }
-            out += static_cast<size_t>(d) * op.w;
+            to += out_step;
+            at = next;
             above = here;
             here = below;
         }
     }
 }
 
-// Rows `from` .. `to` of the planes of all branches, and zeros beside them.
-template <typename T>
-__device__ __forceinline__ void fetch_ahead(const Cascade<T>& op, const T* x, int chains, int from,
-                                            int to, int pitch, int side, T* planes) {
-    constexpr int WIDE = 16 / sizeof(T), AT_ONCE = 8;
-    const int across = op.w / WIDE, plane = (to - from) * across, count = op.branches * plane;
-    const int rows_on = AHEAD_THREADS / across, columns_on = AHEAD_THREADS % across;
-    // One division; then steps.
-    int column = threadIdx.x % across, row = threadIdx.x / across, branch = 0;
-#pragma unroll 1
-    for (int first = threadIdx.x; first < count; first += AT_ONCE * AHEAD_THREADS) {
-        uint4 values[AT_ONCE];
-        int to_at[AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            while (row >= to - from) row -= to - from, ++branch;
-            to_at[i] = branch * op.region + row * pitch + side + column * WIDE;
-            if (first + i * AHEAD_THREADS < count) {
-                const T* plane_of = x + static_cast<size_t>(branch) * chains * op.x_plane;
-                values[i] = *reinterpret_cast<const uint4*>(
-                    plane_of + static_cast<size_t>(from + row) * op.w + column * WIDE);
-            }
-            column += columns_on, row += rows_on;
-            if (column >= across) column -= across, ++row;
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            if (first + i * AHEAD_THREADS < count) {
-                *reinterpret_cast<uint4*>(planes + to_at[i]) = values[i];
-            }
-        }
+template <bool CARRIES, typename T>
+__device__ __forceinline__ void walk_branch(const Walk<T>& op, const T* in, T* out, int d,
+                                            int first_row, int end_row, const float* params) {
+    switch (d) {
+        case 1: walk_rows<1, CARRIES>(op, in, out, d, first_row, end_row, params); break;
+        case 2: walk_rows<2, CARRIES>(op, in, out, d, first_row, end_row, params); break;
+        case 4: walk_rows<4, CARRIES>(op, in, out, d, first_row, end_row, params); break;
+        case 8: walk_rows<8, CARRIES>(op, in, out, d, first_row, end_row, params); break;
+        default: walk_rows<0, CARRIES>(op, in, out, d, first_row, end_row, params);
     }
 }
 
+// The next row of a thread's, in memory and in shared memory.
+struct Cursor {
+    int row, branch;
+    size_t from;
+    int to;
+};
+
 template <typename T>
 __device__ __forceinline__ void cascade_ahead(const Cascade<T>& op) {
-    constexpr int WIDE = 16 / sizeof(T);
+    constexpr int WIDE = 16 / sizeof(T), AT_ONCE = 8;
     DYNAMIC_SHARED(T, zeros);
     __shared__ float params[4][10];
     const int chain = blockIdx.y, chains = gridDim.y, image = blockIdx.z;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int halo = 0, largest = 0, reach = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -148,10 +134,9 @@ __device__ __forceinline__ void cascade_ahead(const Cascade<T>& op) {
     if (!op.addition) halo = largest, reach = 0;
     const int side = (largest + WIDE - 1) / WIDE * WIDE, pitch = op.w + 2 * side;
     const int tile = blockIdx.x * op.tile_h, tile_end = min(tile + op.tile_h, op.h);
-    const int from = max(tile - halo, 0), to = min(tile_end + halo, op.h);
-    T* planes = zeros + pitch;
+    const int from = max(tile - halo, 0), to = min(tile_end + halo, op.h), rows = to - from;
 
-    // Parameters and zeros are no other kernel's.
+    // Up to here and to the wait nothing is another kernel's: parameters, zeros, who takes what.
     start_next();
     if (threadIdx.x < 10 * op.branches) {
         const int branch = threadIdx.x / 10, t = threadIdx.x % 10;
@@ -162,38 +147,84 @@ __device__ __forceinline__ void cascade_ahead(const Cascade<T>& op) {
     for (int i = threadIdx.x; i < pitch / WIDE; i += AHEAD_THREADS) {
         *reinterpret_cast<uint4*>(zeros + i * WIDE) = none;
     }
-    const int beside = side / WIDE;
-    for (int i = threadIdx.x; i < op.branches * (to - from) * 2 * beside; i += AHEAD_THREADS) {
-        const int row = i / (2 * beside), part = i % (2 * beside);
-        const int column = part < beside ? part * WIDE : side + op.w + (part - beside) * WIDE;
-        const int branch = row / (to - from);
-        T* line = planes + branch * op.region + (row - branch * (to - from)) * pitch;
-        *reinterpret_cast<uint4*>(line + column) = none;
+    // Rows follow each other through all branches.
+    T* planes = zeros + pitch;
+    for (int row = threadIdx.x; row < op.branches * op.region / pitch; row += AHEAD_THREADS) {
+        for (int i = 0; i < side; i += WIDE) {
+            *reinterpret_cast<uint4*>(planes + row * pitch + i) = none;
+            *reinterpret_cast<uint4*>(planes + row * pitch + side + op.w + i) = none;
+        }
     }
+    // Loads: a warp has a part of up to 32 vectors of a row, or several short rows.
+    const int across = op.w / WIDE, parts = (across + 31) / 32;
+    const int together = across < 32 ? 32 / across : 1, apart = max(AHEAD_WARPS / parts, 1);
+    const int stride = apart * together, column = warp % parts * 32 + lane % (32 / together);
+    const bool loads = warp < apart * parts && lane / (32 / together) < together;
+    const bool inside = loads && column < across;
+    // Groups of 64 columns for the walk: a power of two of warps each.
+    const int groups = (op.w + 63) / 64;
+    Walk<T> walk;
+    walk.sharers = 1;
+    while (2 * walk.sharers * groups <= AHEAD_WARPS) walk.sharers *= 2;
+    walk.sharer = warp % walk.sharers;
+    walk.zeros = zeros + side;
+    walk.planes = planes + side;
+    walk.region = op.region, walk.pitch = pitch;
+    walk.from = from, walk.to = to, walk.tile = tile, walk.tile_end = tile_end;
+    walk.w = op.w;
+
+    const size_t branch_step = static_cast<size_t>(chains) * op.x_plane;
+    Cursor next;
+    next.row = warp / parts * together + lane / (32 / together), next.branch = 0;
+    next.from = static_cast<size_t>(from + next.row) * op.w + column * WIDE;
+    next.to = next.row * pitch + side + column * WIDE;
     wait_for_previous();
     const T* x = op.x + plane_at(image, op.x_batch, chain, op.x_plane);
-    fetch_ahead(op, x, chains, from, to, pitch, side, planes);
+#pragma unroll 1
+    while (inside && next.branch < op.branches) {
+        uint4 values[AT_ONCE];
+        int places[AT_ONCE];
+        int count = 0;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            while (next.row >= rows) {
+                next.row -= rows, ++next.branch;
+                next.from += branch_step - static_cast<size_t>(rows) * op.w;
+                next.to += op.region - rows * pitch;
+            }
+            places[i] = next.to;
+            if (next.branch < op.branches) {
+                values[i] = *reinterpret_cast<const uint4*>(x + next.from);
+                count = i + 1;
+            }
+            next.row += stride;
+            next.from += static_cast<size_t>(stride) * op.w, next.to += stride * pitch;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+            if (i < count) *reinterpret_cast<uint4*>(planes + places[i]) = values[i];
+        }
+    }
     __syncthreads();
 
 #pragma unroll 1
     for (int branch = 0; branch < op.branches; ++branch) {
         const int d = op.dilations.at(branch);
-        Rows<T> rows;
-        rows.in = planes + branch * op.region;
         const bool carries = op.addition && branch + 1 < op.branches;
-        rows.carried = carries ? planes + (branch + 1) * op.region : nullptr;
-        rows.zeros = zeros;
-        rows.out = op.y + plane_at(image, op.y_batch, branch * chains + chain, op.y_plane);
-        rows.first = max(tile - reach, 0), rows.end = min(tile_end + reach, op.h);
-        rows.tile = tile, rows.tile_end = tile_end;
-        rows.from = from, rows.to = to;
-        rows.pitch = pitch, rows.side = side, rows.w = op.w;
-        switch (d) {
-            case 1: walk_rows<1>(rows, d, params[branch]); break;
-            case 2: walk_rows<2>(rows, d, params[branch]); break;
-            case 4: walk_rows<4>(rows, d, params[branch]); break;
-            case 8: walk_rows<8>(rows, d, params[branch]); break;
-            default: walk_rows<0>(rows, d, params[branch]);
+        const int first_row = max(tile - reach, 0), end_row = min(tile_end + reach, op.h);
+        T* y = op.y + plane_at(image, op.y_batch, branch * chains + chain, op.y_plane);
+#pragma unroll 1
+        for (int group = warp / walk.sharers; group < groups; group += AHEAD_WARPS / walk.sharers) {
+            const int x0 = group * 64 + 2 * lane;
+            if (x0 >= op.w) continue;
+            Walk<T> mine = walk;
+            mine.zeros += x0;
+            const T* in = walk.planes + branch * op.region + x0;
+            if (carries) {
+                walk_branch<true>(mine, in, y + x0, d, first_row, end_row, params[branch]);
+            } else {
+                walk_branch<false>(mine, in, y + x0, d, first_row, end_row, params[branch]);
+            }
         }
         if (carries) reach -= op.dilations.at(branch + 1);
         __syncthreads();

@@ -318,7 +318,8 @@ impl CascadeShape<'_> {
         let taps_in_pairs = |d: &usize| *d == 1 || d.is_multiple_of(2);
         let wide = VECTOR_BYTES / element.size();
         let (h, w) = self.output;
-        let whole_vectors = w.is_multiple_of(wide);
+        // A warp loads up to 32 vectors of a row.
+        let whole_vectors = w.is_multiple_of(wide) && w <= AHEAD_WARPS * 32 * wide;
         if self.stride != 1 || !whole_vectors || !self.dilations.iter().all(taps_in_pairs) {
             return None;
         }
@@ -340,7 +341,9 @@ impl CascadeShape<'_> {
     }
 }
 
-/// Bytes that cascade_ahead.cu moves at once.
+/// Warps of a block of cascade_ahead.cu.
+const AHEAD_WARPS: usize = 16;
+/// Bytes that it moves at once.
 const VECTOR_BYTES: usize = 16;
 /// Shared memory of kernels beside what a launch asks for, at most.
 const FIXED_SHARED: usize = 256;
@@ -353,7 +356,8 @@ pub fn cascade_ahead(
     chains: usize,
     args: Vec<Arg>,
 ) -> Launch {
-    Launch { block: [512, 1, 1], ..cascade_forward(kernel, tiling, output, chains, args) }
+    let block = [32 * AHEAD_WARPS as u32, 1, 1];
+    Launch { block, ..cascade_forward(kernel, tiling, output, chains, args) }
 }
 
 /// cascade_walk.cu, all branches in one launch: a block per tile, chain and image.
