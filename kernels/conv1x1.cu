@@ -126,16 +126,19 @@ __device__ __forceinline__ void conv1x1_f32(const float* RESTRICT x,
     const int from = staged < count ? op.source(first + staged) : 0;
     for (int row = blockIdx.y * 64; row < op.out_c; row += gridDim.y * 64) {
         float acc[4][4] = {};
+        PixelColumns<> pixels;
+        WeightColumns<4> weights;
+        const auto fetch = [&](int k0) {
+            const float* planes = x + static_cast<size_t>(k0 + threadIdx.x / PIXELS) * op.x_plane;
+            pixels.load(planes + from, op.x_plane, staged < count, op.in_c - k0);
+            weights.load(w + row * op.in_c + k0, op.in_c, op.out_c - row, op.in_c - k0);
+        };
+        fetch(0);
         for (int k0 = 0; k0 < op.in_c; k0 += DEPTH) {
-            const int depth = op.in_c - k0;
-#pragma unroll
-            for (int k = threadIdx.x / PIXELS; k < DEPTH; k += TILE_THREADS / PIXELS) {
-                const bool inside = staged < count && k < depth;
-                xs[k * PITCH_F32 + staged] =
-                    inside ? x[static_cast<size_t>(k0 + k) * op.x_plane + from] : 0.0f;
-            }
-            stage_weights_f32<4>(w + row * op.in_c + k0, op.in_c, op.out_c - row, depth, ws);
+            pixels.store(xs);
+            weights.store(ws);
             __syncthreads();
+            if (k0 + DEPTH < op.in_c) fetch(k0 + DEPTH);
             multiply_f32<4>(ws, xs, acc);
             __syncthreads();
         }

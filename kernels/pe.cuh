@@ -260,17 +260,24 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<float>& op, int ti
         op.residual != nullptr ? op.residual + plane_at(image, op.rs.batch, 0, 0) + first : nullptr;
 
     float acc[R][4] = {};
-    for (int k0 = 0; k0 < E; k0 += DEPTH) {
-#pragma unroll
-        for (int i = threadIdx.x; i < DEPTH * PIXELS; i += THREADS) {
-            const int k = i / PIXELS, p = i % PIXELS;
-            xs[k * PITCH_F32 + p] =
-                p < count ? x[static_cast<size_t>(k0 + k) * op.xs.plane + p] : 0.0f;
+    {
+        const int staged = threadIdx.x % PIXELS;
+        PixelColumns<THREADS> pixels;
+        WeightColumns<R, W_PITCH, THREADS> weights;
+        const auto fetch = [&](int k0) {
+            const float* planes = x + static_cast<size_t>(k0 + threadIdx.x / PIXELS) * op.xs.plane;
+            pixels.load(planes + staged, op.xs.plane, staged < count, DEPTH);
+            weights.load(op.w1 + k0, E, C, DEPTH);
+        };
+        fetch(0);
+        for (int k0 = 0; k0 < E; k0 += DEPTH) {
+            pixels.store(xs);
+            weights.store(ws);
+            __syncthreads();
+            if (k0 + DEPTH < E) fetch(k0 + DEPTH);
+            multiply_f32<R, W_PITCH>(ws, xs, acc);
+            __syncthreads();
         }
-        stage_weights_f32<R, W_PITCH, THREADS>(op.w1 + k0, E, C, DEPTH, ws);
-        __syncthreads();
-        multiply_f32<R, W_PITCH>(ws, xs, acc);
-        __syncthreads();
     }
 #pragma unroll
     for (int r = 0; r < R; ++r) {
@@ -292,9 +299,12 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<float>& op, int ti
     float* z = op.z + plane_at(image, op.zs.batch, 0, 0) + first;
     for (int row = 0; row < E; row += 4 * GROUP) {
         float sums[4][4] = {};
+        WeightColumns<4, W_PITCH, THREADS> weights;
+        weights.load(op.w2 + row * C, C, 4 * GROUP, DEPTH);
         for (int k0 = 0; k0 < C; k0 += DEPTH) {
-            stage_weights_f32<4, W_PITCH, THREADS>(op.w2 + row * C + k0, C, 4 * GROUP, DEPTH, ws);
+            weights.store(ws);
             __syncthreads();
+            if (k0 + DEPTH < C) weights.load(op.w2 + row * C + k0 + DEPTH, C, 4 * GROUP, DEPTH);
             multiply_f32<4, W_PITCH>(ws, ys + k0 * PITCH_F32, sums);
             __syncthreads();
         }

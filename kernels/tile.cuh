@@ -224,9 +224,17 @@ __device__ __forceinline__ void multiply_f32(const float* ws, const float* xs, f
 #pragma unroll
     for (int k = 0; k < DEPTH; ++k) {
         const float4 v = *reinterpret_cast<const float4*>(xs + k * PITCH_F32 + 4 * tx);
+        float weights[R];
+        if (R == 4) {
+            const float4 w = *reinterpret_cast<const float4*>(ws + k * W_PITCH + R * ty);
+            weights[0] = w.x, weights[1 % R] = w.y, weights[2 % R] = w.z, weights[3 % R] = w.w;
+        } else {
+#pragma unroll
+            for (int r = 0; r < R; ++r) weights[r] = ws[k * W_PITCH + R * ty + r];
+        }
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            const float w = ws[k * W_PITCH + R * ty + r];
+            const float w = weights[r];
             acc[r][0] += w * v.x;
             acc[r][1] += w * v.y;
             acc[r][2] += w * v.z;
@@ -235,15 +243,51 @@ __device__ __forceinline__ void multiply_f32(const float* ws, const float* xs, f
     }
 }
 
-// R rows for every 16 threads, and 16 columns of a row-major matrix, as [column][row]; zeros beyond
-// `rows`, `depth`.
+// R rows for every 16 threads, and 16 columns of a row-major matrix, as [column][row] in shared memory;
+// zeros beyond `rows`, `depth`. Loads of the next columns are under way while these are worked on.
 template <int R, int W_PITCH = PITCH_F32, int THREADS = TILE_THREADS>
-__device__ __forceinline__ void stage_weights_f32(const float* RESTRICT w, int columns,
-                                                  int rows, int depth, float* ws) {
-    for (int i = threadIdx.x; i < THREADS * R; i += THREADS) {
-        const int row = i / DEPTH, k = i % DEPTH;
-        ws[k * W_PITCH + row] = row < rows && k < depth ? w[row * columns + k] : 0.0f;
+struct WeightColumns {
+    float v[R];
+
+    __device__ __forceinline__ void load(const float* RESTRICT w, int columns, int rows,
+                                         int depth) {
+#pragma unroll
+        for (int j = 0; j < R; ++j) {
+            const int i = threadIdx.x + j * THREADS, row = i / DEPTH, k = i % DEPTH;
+            v[j] = row < rows && k < depth ? w[row * columns + k] : 0.0f;
+        }
     }
-}
+    __device__ __forceinline__ void store(float* ws) const {
+#pragma unroll
+        for (int j = 0; j < R; ++j) {
+            const int i = threadIdx.x + j * THREADS;
+            ws[i % DEPTH * W_PITCH + i / DEPTH] = v[j];
+        }
+    }
+};
+
+// A pixel of every few of 16 channels, the same way.
+template <int THREADS = TILE_THREADS>
+struct PixelColumns {
+    static constexpr int EACH = DEPTH * PIXELS / THREADS;
+    float v[EACH];
+
+    // `x`: this thread's pixel of its own first channel, if it is `inside`.
+    __device__ __forceinline__ void load(const float* RESTRICT x, int plane, bool inside,
+                                         int depth) {
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const int on = j * (THREADS / PIXELS), k = threadIdx.x / PIXELS + on;
+            v[j] = inside && k < depth ? x[static_cast<size_t>(on) * plane] : 0.0f;
+        }
+    }
+    __device__ __forceinline__ void store(float* xs) const {
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const int k = threadIdx.x / PIXELS + j * (THREADS / PIXELS);
+            xs[k * PITCH_F32 + threadIdx.x % PIXELS] = v[j];
+        }
+    }
+};
 
 }  // namespace
