@@ -8,7 +8,7 @@
 //
 // A block of 256 threads has a tile of 16 R x 16 R results, R x R per thread, R = 1, 2 or 4, and goes
 // through its pixels 32 at a time: both operands pass through shared memory as they lie, a row per
-// channel, four pixels per load from there.
+// channel, four pixels per load from there, while the next 32 are on their way.
 // Bytes: 4 (out + in) pixels, times the tiles across the other side (up to 4), and 4 R^2 256 per block
 // there and back. FLOPs: 2 out in pixels. Shared: 8 * 16 R * 36 bytes: 18 KB for R = 4.
 // Launch: 256 threads, grid (tiles, pieces, N): launch::conv1x1_backward_weight().
@@ -20,16 +20,27 @@ constexpr int DEPTH = 32, PITCH = DEPTH + 4, THREADS = 256;
 
 // Pixels first .. first + DEPTH of ROWS channels from `row` on; zeros beyond `end` and `rows`.
 template <int ROWS>
-__device__ __forceinline__ void stage(const float* planes, int plane, int row, int rows, int first,
-                                      int end, float* to) {
+struct Stage {
+    static constexpr int EACH = ROWS * DEPTH / THREADS;
+    float v[EACH];
+
+    __device__ __forceinline__ void load(const float* planes, int plane, int row, int rows,
+                                         int first, int end) {
+        const int p = first + threadIdx.x % DEPTH;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * DEPTH; i += THREADS) {
-        const int r = i / DEPTH, p = i % DEPTH;
-        const bool inside = row + r < rows && first + p < end;
-        to[r * PITCH + p] =
-            inside ? planes[static_cast<size_t>(row + r) * plane + first + p] : 0.0f;
+        for (int j = 0; j < EACH; ++j) {
+            const int r = row + threadIdx.x / DEPTH + j * (THREADS / DEPTH);
+            v[j] = r < rows && p < end ? planes[static_cast<size_t>(r) * plane + p] : 0.0f;
+        }
     }
-}
+    __device__ __forceinline__ void store(float* to) const {
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const int r = threadIdx.x / DEPTH + j * (THREADS / DEPTH);
+            to[r * PITCH + threadIdx.x % DEPTH] = v[j];
+        }
+    }
+};
 
 template <int R>
 __device__ __forceinline__ void backward_weight(const float* dy, const float* x, float* partial,
@@ -48,10 +59,17 @@ __device__ __forceinline__ void backward_weight(const float* dy, const float* x,
     x += plane_at(blockIdx.z, x_batch, 0, 0);
 
     float sums[R][R] = {};
+    Stage<ROWS> of_dy, of_x;
+    of_dy.load(dy, dy_plane, row, out, begin, end);
+    of_x.load(x, x_plane, column, in, begin, end);
     for (int first = begin; first < end; first += DEPTH) {
-        stage<ROWS>(dy, dy_plane, row, out, first, end, a);
-        stage<ROWS>(x, x_plane, column, in, first, end, b);
+        of_dy.store(a);
+        of_x.store(b);
         __syncthreads();
+        if (first + DEPTH < end) {
+            of_dy.load(dy, dy_plane, row, out, first + DEPTH, end);
+            of_x.load(x, x_plane, column, in, first + DEPTH, end);
+        }
 #pragma unroll
         for (int p = 0; p < DEPTH; p += 4) {
             float4 u[R], v[R];
