@@ -470,217 +470,205 @@ __device__ __forceinline__ void leave_sums(const Decoder<T>& op, const float* su
     for (int i = threadIdx.x; i < op.means(); i += THREADS) mine[i] = sums[i];
 }
 
-// True in the block that comes last, which sees what the others have written.
+// Whether this block is the last one of its image to come and sees what the others have written: one
+// thread finds out once all of the block have written their sums.
 template <typename T>
-__device__ __forceinline__ bool last_to_come(const Decoder<T>& op) {
-    __shared__ bool last;
+__device__ __forceinline__ bool is_last(const Decoder<T>& op) {
     __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicInc(op.counters + blockIdx.z, gridDim.x - 1) == gridDim.x - 1;
-    }
-    __syncthreads();
+    const bool last = atomicInc(op.counters + blockIdx.z, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();
     return last;
 }
 
-// Means of the image from the blocks' sums: as many threads as there are for a quad of means add up
-// every so many'th block, then one does their sums.
+// What the last block does runs once, so that fetching an instruction for the first time costs more
+// than executing it: small loops in place of unrolled ones from here on.
+
+// Has the first TIMES * 4096 floats brought into the first level of caches, a word of every 32 bytes, and
+// does not wait for them. `spare`: a word of shared memory per thread.
+template <int TIMES>
+__device__ __forceinline__ void touch(const float* from, int count, float* spare) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#pragma unroll
+    for (int j = 0; j < TIMES; ++j) {
+        const int i = (j * THREADS + threadIdx.x) * 8;
+        if (i < count) copy_ahead<4>(spare + threadIdx.x, from + i);
+    }
+#endif
+}
+
+// Means of the image from the blocks' sums: a warp adds up every WARPS'th block, `parts` has a row of
+// `pitch` for each. `inverses`: of pixels of s3 and of x2.
 template <typename T>
-__device__ __forceinline__ void add_up(const Decoder<T>& op, float* parts, float* means) {
-    constexpr int AT_ONCE = 12;
-    const int pitch = op.pitch(), quads = pitch / 4, blocks = gridDim.x;
-    const int shares = max(THREADS / quads, 1);
+__device__ __forceinline__ void add_up(const Decoder<T>& op, const float* inverses, float* parts,
+                                       float* means) {
+    constexpr int AT_ONCE = 8;
+    const int pitch = op.pitch(), blocks = gridDim.x, step = WARPS * pitch;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const float* partial = op.partial + static_cast<size_t>(blockIdx.z) * blocks * pitch;
-    for (int i = threadIdx.x; i < quads * shares; i += THREADS) {
-        const int share = i / quads, quad = i - share * quads;
+#pragma unroll 1
+    for (int at = warp * pitch + 4 * lane; at < (warp + 1) * pitch; at += 4 * 32) {
+        const float* from = partial + at;
         float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int b0 = share; b0 < blocks; b0 += AT_ONCE * shares) {
+        int b = warp;
+#pragma unroll 1
+        for (; b + (AT_ONCE - 1) * WARPS < blocks; b += AT_ONCE * WARPS) {
             float4 v[AT_ONCE];
 #pragma unroll
             for (int j = 0; j < AT_ONCE; ++j) {
-                const int b = b0 + j * shares;
-                const float* from = partial + static_cast<size_t>(b) * pitch + 4 * quad;
-                v[j] = b < blocks ? __ldcg(reinterpret_cast<const float4*>(from))
-                                  : float4{0.0f, 0.0f, 0.0f, 0.0f};
+                v[j] = __ldcg(reinterpret_cast<const float4*>(from));
+                from += step;
             }
 #pragma unroll
             for (int j = 0; j < AT_ONCE; ++j) {
                 sum.x += v[j].x, sum.y += v[j].y, sum.z += v[j].z, sum.w += v[j].w;
             }
         }
-        store_four(parts + 4 * i, sum);
+#pragma unroll 1
+        for (; b < blocks; b += WARPS) {
+            const float4 v = __ldcg(reinterpret_cast<const float4*>(from));
+            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+            from += step;
+        }
+        store_four(parts + at, sum);
     }
     __syncthreads();
-    const float low = op.low_h * op.low_w, high = op.high_h * op.high_w;
+#pragma unroll 1
     for (int i = threadIdx.x; i < op.means(); i += THREADS) {
         float sum = 0.0f;
-        for (int s = 0; s < shares; ++s) sum += parts[s * pitch + i];
-        means[i] = sum / (i < op.c3 ? low : high);
-    }
-    __syncthreads();
-}
-
-// decoder2's channel attention and the means of its two parts, by the means of its inputs: a warp has
-// four rows of each at a time, and all their weights under way.
-template <typename T>
-__device__ __forceinline__ void gates_two(const Decoder<T>& op, const float* means, float* ca2,
-                                          float* low, float* high) {
-    constexpr int R = 4, STEPS = 4;
-    const int lane = threadIdx.x % 32, width = op.two.width, c3 = op.c3, c2 = op.two.in;
-    const float *of_x2 = means + c3, *of_high = means + c3 + c2;
-    // Which of the sums the lane gets.
-    const int kind = lane / (2 * R), row = lane / 2 % R;
-    const float* biases = kind == 0 ? op.ca2.b : kind == 1 ? op.low.b : op.high.b;
-    for (int r0 = threadIdx.x / 32 * R; r0 < width; r0 += WARPS * R) {
-        const float bias = biases[min(r0 + row, width - 1)];
-        float v[4 * R] = {};
-        int rows[R];
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-            rows[r] = min(r0 + r, width - 1);
-            // The high part has a channel more: the attention itself.
-            v[2 * R + r] = lane == 0 ? op.high.w[rows[r] * (c3 + 1) + c3] * of_high[c3] : 0.0f;
-        }
-        for (int k0 = lane; k0 < max(c3, c2); k0 += 32 * STEPS) {
-            float w[STEPS][3][R];
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                const int k = k0 + 32 * s;
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    w[s][0][r] = k < c3 ? op.ca2.w[rows[r] * c3 + k] : 0.0f;
-                    w[s][1][r] = k < c2 ? op.low.w[rows[r] * c2 + k] : 0.0f;
-                    w[s][2][r] = k < c3 ? op.high.w[rows[r] * (c3 + 1) + k] : 0.0f;
-                }
-            }
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                const int k = k0 + 32 * s;
-                const float x0 = means[min(k, c3 - 1)], x1 = of_x2[min(k, c2 - 1)];
-                const float x2 = of_high[min(k, c3 - 1)];
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    v[r] += w[s][0][r] * x0;
-                    v[R + r] += w[s][1][r] * x1;
-                    v[2 * R + r] += w[s][2][r] * x2;
-                }
-            }
-        }
-        const float sum = warp_sums(v) + bias;
-        const int r = r0 + row;
-        if (lane % 2 != 0 || r >= width) continue;
-        if (kind == 0) {
-            ca2[r] = activate(sum, op.act_c2);
-        } else if (kind < 3) {
-            (kind == 1 ? low : high)[r] = sum;
-        }
-    }
-    __syncthreads();
-}
-
-__device__ __forceinline__ void copy_floats(const float* from, int count, float* to) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += THREADS) copy_ahead<4>(to + i, from + i);
+        for (int w = 0; w < WARPS; ++w) sum += parts[w * pitch + i];
+        means[i] = sum * inverses[i < op.c3 ? 0 : 1];
+    }
+    __syncthreads();
 }
 
-// A module's weights in shared memory, on their way there once it is made.
-struct StagedModule {
-    float *mix, *low, *low_bias, *bias, *gate;
-
-    __device__ __forceinline__ StagedModule(const Module& op, int classes, float* at) {
-        mix = at, low = mix + classes * op.width, low_bias = low + op.in * op.width;
-        bias = low_bias + op.width, gate = bias + classes;
-        copy_floats(op.mix, classes * op.width, mix);
-        copy_floats(op.low, op.in * op.width, low);
-        copy_floats(op.low_bias, op.width, low_bias);
-        copy_floats(op.bias, classes, bias);
-        copy_floats(op.gate.w, op.in, gate);
-        copy_floats(op.gate.b, 1, gate + op.in);
-    }
-    __device__ __forceinline__ float* end(const Module& op) const { return gate + op.in + 1; }
-};
-
-// A diag(ca), as [width][MAP_ROWS].
-__device__ __forceinline__ void gate_mix(const StagedModule& weights, int classes, int width,
-                                         const float* ca, float* gated) {
-    for (int r = threadIdx.x / 32; r < MAP_ROWS; r += WARPS) {
-        for (int o = threadIdx.x % 32; o < width; o += 32) {
-            gated[o * MAP_ROWS + r] = r < classes ? weights.mix[r * width + o] * ca[o] : 0.0f;
+// Channel attentions of both modules, decoder2's by the means of its inputs, decoder1's by that of its
+// high-level features: `high`, the mean of the high part, plus the low part's under the attention. A
+// warp has four rows of a matrix at a time.
+template <typename T>
+__device__ __forceinline__ void attentions(const Decoder<T>& op, const float* means, float* ca2,
+                                           float* ca1, float* low, float* high) {
+    constexpr int R = 4;
+    const int lane = threadIdx.x % 32, row = lane / (32 / R), width2 = op.two.width;
+#pragma unroll 1
+    for (int kind = 0; kind < 4; ++kind) {
+        Affine a = op.ca2;
+        const float* x = means;
+        float* y = ca2;
+        int in = op.c3, out = width2, act = op.act_c2;
+        if (kind == 1) a = op.low, x = means + op.c3, y = low, in = op.two.in, act = 0;
+        // The high part has a channel more: the attention itself.
+        if (kind == 2) a = op.high, x = means + op.c3 + op.two.in, y = high, ++in, act = 0;
+        if (kind == 3) {
+            a = op.ca1, x = high, y = ca1, in = width2, out = op.one.width, act = op.act_c1;
+            __syncthreads();
+            for (int i = threadIdx.x; i < width2; i += THREADS) high[i] += low[i] * ca2[i];
+            __syncthreads();
+        }
+#pragma unroll 1
+        for (int r0 = threadIdx.x / 32 * R; r0 < out; r0 += WARPS * R) {
+            const float bias = a.b[min(r0 + row, out - 1)];
+            float v[R] = {};
+            int at[R];
+#pragma unroll
+            for (int r = 0; r < R; ++r) at[r] = min(r0 + r, out - 1) * in;
+#pragma unroll 1
+            for (int k = lane; k < in; k += 32) {
+                const float xk = x[k];
+#pragma unroll
+                for (int r = 0; r < R; ++r) v[r] += a.w[at[r] + k] * xk;
+            }
+            const float sum = warp_sums(v) + bias;
+            if (lane % (32 / R) == 0 && r0 + row < out) y[r0 + row] = activate(sum, act);
         }
     }
+    __syncthreads();
 }
 
-// A module's map, four rows of a column per thread.
+// A diag(ca) of both modules, as [width][MAP_ROWS]. `ca`: of both.
 template <typename T>
-__device__ __forceinline__ void compose(const Module& op, const StagedModule& weights, int classes,
-                                        const float* gated, T* map) {
+__device__ __forceinline__ void gate_mix(const Decoder<T>& op, const float* ca, float* gated) {
+    const int width2 = op.two.width, widths = width2 + op.one.width;
+#pragma unroll 1
+    for (int r = threadIdx.x / 32; r < MAP_ROWS; r += WARPS) {
+#pragma unroll 1
+        for (int o = threadIdx.x % 32; o < widths; o += 32) {
+            const float* mix = o < width2 ? op.two.mix + r * width2 + o
+                                          : op.one.mix + r * op.one.width + (o - width2);
+            gated[o * MAP_ROWS + r] = r < op.classes ? *mix * ca[o] : 0.0f;
+        }
+    }
+    __syncthreads();
+}
+
+// The maps of both modules, four rows of a column per thread.
+template <typename T>
+__device__ __forceinline__ void compose(const Decoder<T>& op, const float* gated, T* map2, T* map1) {
     using Layout = MapLayout<T>;
-    float* shifts = const_cast<float*>(Layout::shifts(map, op.in));
-    for (int i = threadIdx.x; i < MAP_QUADS * (op.in + 1); i += THREADS) {
-        const int quad = i / (op.in + 1), k = i - quad * (op.in + 1), r0 = 4 * quad;
-        const bool shift = k == op.in;
-        float sum[4];
+    const int of_two = MAP_QUADS * (op.two.in + 1), all = of_two + MAP_QUADS * (op.one.in + 1);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < all; i += THREADS) {
+        const bool second = i >= of_two;
+        const Module m = second ? op.one : op.two;
+        T* map = second ? map1 : map2;
+        int k = second ? i - of_two : i, r0 = 0;
+        while (k > m.in) k -= m.in + 1, r0 += 4;
+        const bool shift = k == m.in;
+        // What comes to the products; loaded before them.
+        float sum[4] = {}, more[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int r = r0 + j;
-            if (r == GATE) {
-                sum[j] = weights.gate[k];
-            } else {
-                sum[j] = shift && r < classes ? weights.bias[r] : 0.0f;
-            }
+            more[j] = 0.0f;
+            if (shift && r < op.classes) more[j] = m.bias[r];
+            if (r == GATE) more[j] = shift ? m.gate.b[0] : m.gate.w[k];
         }
-        const float* column = shift ? weights.low_bias : weights.low + k;
-        const int step = shift ? 1 : op.in;
-#pragma unroll 8
-        for (int o = 0; o < op.width; ++o) {
-            const float v = column[o * step];
-            const float4 g = load_four(gated + o * MAP_ROWS + r0);
+        const float* column = shift ? m.low_bias : m.low + k;
+        const int step = shift ? 1 : m.in;
+        const float* weights = gated + (second ? MAP_ROWS * op.two.width : 0) + r0;
+#pragma unroll 4
+        for (int o = 0; o < m.width; ++o) {
+            const float v = *column;
+            const float4 g = load_four(weights);
             sum[0] += g.x * v;
             sum[1] += g.y * v;
             sum[2] += g.z * v;
             sum[3] += g.w * v;
+            column += step, weights += MAP_ROWS;
         }
+        float* shifts = const_cast<float*>(Layout::shifts(map, m.in)) + r0;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
+            sum[j] += more[j];
             if (shift) {
-                shifts[r0 + j] = sum[j];
+                shifts[j] = sum[j];
             } else {
-                store(map + Layout::at(r0 + j, k, op.in), sum[j]);
+                store(map + Layout::at(r0 + j, k, m.in), sum[j]);
             }
         }
     }
 }
 
-// What the last block does. `room`: shared memory that the tiles are done with.
+// What the last block does. `room`: shared memory that the tiles are done with, as is `spare`.
 template <typename T>
-__device__ __forceinline__ void finish(const Decoder<T>& op, float* room, float* sums, float* gates,
-                                       T* map2, T* map1) {
+__device__ __forceinline__ void finish(const Decoder<T>& op, const float* inverses, float* room,
+                                       float* spare, float* sums, float* gates, T* map2, T* map1) {
     const int width2 = op.two.width, width1 = op.one.width;
-    float* work = room;  // whole quads
-    float* gated1 = work + MAP_ROWS * width2;
-    float* staged = work + max(MAP_ROWS * (width2 + width1), max(4 * THREADS, op.pitch()));
-    const StagedModule two(op.two, op.classes, staged);
-    const StagedModule one(op.one, op.classes, two.end(op.two));
-    float* ca1_w = one.end(op.one);
-    float* ca1_b = ca1_w + width1 * width2;
-    copy_floats(op.ca1.w, width1 * width2, ca1_w);
-    copy_floats(op.ca1.b, width1, ca1_b);
-
-    add_up(op, work, sums);
+    touch<2>(op.ca2.w, width2 * op.c3, spare);
+    touch<1>(op.low.w, width2 * op.two.in, spare);
+    touch<3>(op.high.w, width2 * (op.c3 + 1), spare);
+    touch<1>(op.ca1.w, width1 * width2, spare);
+    touch<1>(op.two.low, width2 * op.two.in, spare);
+    touch<1>(op.two.mix, op.classes * width2, spare);
+    touch<1>(op.one.mix, op.classes * width1, spare);
+    touch<1>(op.one.low, width1 * op.one.in, spare);
+    add_up(op, inverses, room, sums);
     float *ca2 = gates, *ca1 = ca2 + width2;
     float *low = ca1 + width1, *high = low + width2;
+    attentions(op, sums, ca2, ca1, low, high);
+    gate_mix(op, gates, room);
+    compose(op, room, map2, map1);
     copies_done();
-    gates_two(op, sums, ca2, low, high);
-    gate_mix(two, op.classes, width2, ca2, work);
-    for (int i = threadIdx.x; i < width2; i += THREADS) high[i] += low[i] * ca2[i];
-    __syncthreads();
-    rows(ca1_w, ca1_b, high, ca1, width1, width2, op.act_c1);
-    compose(op.two, two, op.classes, work, map2);
-    __syncthreads();
-    gate_mix(one, op.classes, width1, ca1, gated1);
-    __syncthreads();
-    compose(op.one, one, op.classes, gated1, map1);
 }
 
 // Floats of shared memory: `own_len` for the tile's own pixels of s3, rows of `own_pitch`, and what is
@@ -693,7 +681,8 @@ template <typename T>
 __device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared& lens, int map2_len,
                                              int map1_len) {
     DYNAMIC_SHARED(float, shared);
-    __shared__ float warps[32], t_bias[MAP_ROWS];
+    __shared__ float warps[32], t_bias[MAP_ROWS], inverses[2];
+    __shared__ bool last;
     __shared__ Tables tables;
     float* products = shared + lens.own_len;
     T* t_map = reinterpret_cast<T*>(products + lens.products);
@@ -707,6 +696,9 @@ __device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared&
     if (threadIdx.x < MAP_ROWS) {
         const int r = threadIdx.x;
         t_bias[r] = r < op.classes ? op.t_bias[r] : 0.0f;
+    } else if (threadIdx.x < MAP_ROWS + 2) {
+        const bool low = threadIdx.x == MAP_ROWS;
+        inverses[low ? 0 : 1] = 1.0f / (low ? op.low_h * op.low_w : op.high_h * op.high_w);
     }
     const Tile tile(op);
     fill(op, tile, tables);
@@ -733,9 +725,13 @@ __device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared&
            own_aligned);
     __syncthreads();
     leave_sums(op, sums);
+    __syncthreads();
+    // A thread of the warp that has least to do for t, meanwhile.
+    if (threadIdx.x == THREADS - 32) last = is_last(op);
     scores_s3(op, tile, own, lens.own_pitch, t_map, t_bias, products);
-    if (!last_to_come(op)) return;
-    finish(op, shared, sums, gates, op.map2 + static_cast<size_t>(blockIdx.z) * map2_len,
+    __syncthreads();
+    if (!last) return;
+    finish(op, inverses, shared, attention, sums, gates, op.map2 + static_cast<size_t>(blockIdx.z) * map2_len,
            op.map1 + static_cast<size_t>(blockIdx.z) * map1_len);
 }
 
