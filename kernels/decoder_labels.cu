@@ -10,7 +10,7 @@
 //   1. A warp makes the products of 32 pixels at a time, z's pixels first and the scores' with them,
 //      since M1 x1 waits for nothing: tensor cores in f16 (the maps are rounded to halves), or CUDA
 //      cores. They stay where x was staged: 20 floats per pixel, the attention the last of them.
-//   2. The scores get what they take of z, four classes of a pixel per thread.
+//   2. The scores get what they take of z, a pixel per thread.
 //   3. Where the labels have twice the scores' size, the four labels between four pixels are made by a
 //      thread together and the tiles begin in the middle of two pixels: 2 x 2 scores are read once for
 //      four labels, and a tile's halo is smaller. A label by itself otherwise.
@@ -97,30 +97,35 @@ __device__ __forceinline__ float4 gated_sum(float4 v, float4 shift, float gate, 
 constexpr int CHUNK = 32, CHUNK_PITCH = GROUP + HALF_PAD;
 static_assert(CHUNK * CHUNK_PITCH * 2 <= SLOT * 4, "a chunk of x");
 
-// The next up to CHUNK channels of a lane's pixel; out of L2, since the first ones are read before the
-// kernel waits for the one before it.
-__device__ __forceinline__ void stage_chunk(const __half* x, int plane, int count, bool inside,
-                                            float* slot) {
-    constexpr int AT_ONCE = 16;
-    __half* xs = reinterpret_cast<__half*>(slot) + threadIdx.x % 32;
+// COUNT channels of a lane's pixel, all under way at once; out of L2, since the first ones are read
+// before the kernel waits for the one before it.
+template <int COUNT>
+__device__ __forceinline__ void stage_channels(const __half* x, int plane, __half* to) {
+    __half v[COUNT];
 #pragma unroll
-    for (int j0 = 0; j0 < CHUNK; j0 += AT_ONCE) {
-        __half v[AT_ONCE];
+    for (int j = 0; j < COUNT; ++j) {
+        v[j] = __ldcg(x);
+        x += plane;
+    }
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) {
-            v[j] = inside && j0 + j < count ? __ldcg(x) : __float2half(0.0f);
-            x += plane;
-        }
-#pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) xs[(j0 + j) * CHUNK_PITCH] = v[j];
+    for (int j = 0; j < COUNT; ++j) to[j * CHUNK_PITCH] = v[j];
+}
+
+// The next up to CHUNK channels, of which there are whole sixteens.
+__device__ __forceinline__ void stage_chunk(const __half* x, int plane, int count, float* slot) {
+    __half* to = reinterpret_cast<__half*>(slot) + threadIdx.x % 32;
+    if (count >= CHUNK) {
+        stage_channels<CHUNK>(x, plane, to);
+    } else {
+        stage_channels<16>(x, plane, to);
     }
 }
-__device__ __forceinline__ void stage_chunk(const float*, int, int, bool, float*) {}
+__device__ __forceinline__ void stage_chunk(const float*, int, int, float*) {}
 
 // The map times x of a warp's pixels, into their slot; the first chunk is there already. All lanes see
 // their pixels' products then.
 __device__ __forceinline__ void multiply(const __half* map, int channels, const __half* x, int plane,
-                                         bool inside, float* slot) {
+                                         float* slot) {
     const __half* xs = reinterpret_cast<const __half*>(slot);
     Scores acc[ROW_TILES];
 #pragma unroll
@@ -129,7 +134,7 @@ __device__ __forceinline__ void multiply(const __half* map, int channels, const 
     for (int k0 = 0; k0 < channels; k0 += CHUNK) {
         if (k0 > 0) {
             __syncwarp();
-            stage_chunk(x + static_cast<size_t>(k0) * plane, plane, channels - k0, inside, slot);
+            stage_chunk(x + static_cast<size_t>(k0) * plane, plane, channels - k0, slot);
         }
         __syncwarp();
 #pragma unroll
@@ -151,7 +156,7 @@ __device__ __forceinline__ void multiply(const __half* map, int channels, const 
 
 // The same with a pixel per lane.
 __device__ __forceinline__ void multiply(const float* map, int channels, const float* x, int plane,
-                                         bool inside, float* slot) {
+                                         float* slot) {
     constexpr int AT_ONCE = 4;
     float sums[MAP_ROWS] = {};
 #pragma unroll 1
@@ -159,7 +164,7 @@ __device__ __forceinline__ void multiply(const float* map, int channels, const f
         float v[AT_ONCE];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            v[j] = inside && k0 + j < channels ? *x : 0.0f;
+            v[j] = k0 + j < channels ? __ldcg(x) : 0.0f;
             x += plane;
         }
 #pragma unroll
@@ -349,13 +354,14 @@ __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RES
         const int channels = of_z ? c2 : c1, plane = of_z ? x2_plane : x1_plane;
         const int columns = of_z ? coarse.columns() : fine.columns();
         const bool inside = i < (of_z ? coarse.pixels() : fine.pixels());
+        // Beyond the last pixel lanes have the first one: their products are not used.
         const int row = inside ? row_of(i, of_z ? inverse2 : inverse1) : 0;
         const int column = inside ? i - row * columns : 0;
         const int y = row + (of_z ? coarse.y0 : fine.y0);
         const T* x = (of_z ? x2 : x1) + static_cast<size_t>(y) * (of_z ? w2 : w1) + column +
                      (of_z ? coarse.x0 : fine.x0);
         float* slot = shared + group * SLOT;
-        if (group < groups) stage_chunk(x, plane, channels, inside, slot);
+        if (group < groups) stage_chunk(x, plane, channels, slot);
         if (first) {
             wait_for_previous();
             copy_map(map2 + static_cast<size_t>(blockIdx.z) * map2_len, map2_len, staged2);
@@ -365,7 +371,7 @@ __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RES
             first = false;
         }
         if (group >= groups) break;
-        multiply(of_z ? staged2 : staged1, channels, x, plane, inside, slot);
+        multiply(of_z ? staged2 : staged1, channels, x, plane, slot);
         if (!inside) continue;
         float* own = slot + lane * MAP_ROWS;
         const float gate =
@@ -390,24 +396,23 @@ __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RES
     }
     __syncthreads();
 
-    // Neighbouring threads have neighbouring quads of classes: no bank is asked twice.
-    for (int i = threadIdx.x; i < fine.pixels() * MAP_QUADS; i += TILE_THREADS) {
-        const int pixel = i / MAP_QUADS, r = (i - pixel * MAP_QUADS) * 4;
+    // Slots of 20 floats: eight neighbours' quads of classes are in all 32 banks.
+#pragma unroll 1
+    for (int pixel = threadIdx.x; pixel < fine.pixels(); pixel += TILE_THREADS) {
         const int row = row_of(pixel, inverse1), column = pixel - row * fine.columns();
         const Tap down = taps1[row], across = taps1[fine.rows() + column];
-        const float* z = shared + r;
-        const float4 up = between(load_four(z + slot_at(down.lo + across.lo)),
-                                  load_four(z + slot_at(down.lo + across.hi)),
-                                  load_four(z + slot_at(down.hi + across.lo)),
-                                  load_four(z + slot_at(down.hi + across.hi)), 1.0f - down.frac,
-                                  down.frac, across.frac);
+        const float *a = shared + slot_at(down.lo + across.lo);
+        const float *b = shared + slot_at(down.lo + across.hi);
+        const float *c = shared + slot_at(down.hi + across.lo);
+        const float *d = shared + slot_at(down.hi + across.hi);
         float* own = scores + slot_at(pixel);
-        const float4 v = gated_sum(load_four(own + r), load_four(shifts1 + r), own[GATE], up);
-        if (r + 4 < MAP_ROWS) {
-            store_four(own + r, v);
-        } else {
-            // Others read the gate behind these.
-            own[r] = v.x, own[r + 1] = v.y, own[r + 2] = v.z;
+        const float gate = own[GATE];
+#pragma unroll
+        for (int r = 0; r < MAP_ROWS; r += 4) {
+            const float4 up =
+                between(load_four(a + r), load_four(b + r), load_four(c + r), load_four(d + r),
+                        1.0f - down.frac, down.frac, across.frac);
+            store_four(own + r, gated_sum(load_four(own + r), load_four(shifts1 + r), gate, up));
         }
     }
     __syncthreads();

@@ -10,54 +10,24 @@
 // linear in the weighted mean, so that a block adds up what its own pixels of sa2 weigh. A lane has
 // eight neighbouring pixels, a warp every 16th channel, and all of a block's loads are under way before
 // the first of them is used. It leaves one partial sum per mean. The last block of an image to come adds
-// these up, always in the same order whichever block it is, and goes on to the gates; the weights of
-// the maps come to shared memory meanwhile. It is told by a counter per image, which goes back to zero;
-// so a launch can be replayed.
+// these up, always in the same order whichever block it is, and goes on to the gates; their weights and
+// those of the maps come to the first level of caches meanwhile. It is told by a counter per image, which
+// goes back to zero; so a launch can be replayed.
 // Bytes: x2 once, s3 once and half again out of L2, t; 4 (2 c3 + c2 + 1) per block there and back.
 // FLOPs: per pixel 3 c2 + 1 of x2, 2 c3 (classes + 2) of s3. Tensor cores make t in f16.
 // The end, one block's: 128 partial sums of 321 means at 1024 x 512, 30 k products of gates, 90 k of
-// maps. Shared: the larger of what tiles and end need, 51 KB: launch::DecoderShape::tiling().
+// maps. Shared: the larger of what tiles and end need, 35 KB in f16 and 47 KB in f32:
+// launch::DecoderShape::tiling().
 // Launch: 512 threads, grid (tiles of x2, 1, N): launch::decoder_sums().
 #include "bilinear.cuh"
-#include "decoder.cuh"
+#include "decoder_sums.cuh"
 
 namespace {
 
-constexpr int THREADS = 512, WARPS = THREADS / 32;
 constexpr int TILE_W = 32, TILE_H = 8, TILE_PIXELS = TILE_W * TILE_H;
 static_assert(TILE_PIXELS == 32 * 8, "a warp has the tile's pixels of a channel, eight to a lane");
 // Most rows of s3 around a tile, and columns from a multiple of 8 on.
 constexpr int LOW_ROWS = 7, LOW_W = 32;
-
-// A 1x1 convolution.
-struct Affine {
-    const float *w, *b;
-};
-
-// A module's map (ops/meu_scores.rs): A, Wl, bl and b; the spatial attention's weights.
-struct Module {
-    const float *mix, *low, *low_bias, *bias;
-    Affine gate;
-    int in, width;
-};
-
-template <typename T>
-struct Decoder {
-    const T *s3, *x2, *t_weights;
-    const float* t_bias;
-    T* t;
-    float* partial;
-    unsigned* counters;
-    Affine ca2, low, high, ca1;
-    Module two, one;
-    T *map2, *map1;
-    int act_s2, act_c2, act_c1, c3, classes, low_h, low_w, high_h, high_w;
-    int s_batch, s_plane, x_batch, x_plane;
-
-    __device__ __forceinline__ int means() const { return 2 * c3 + two.in + 1; }
-    // Of partial sums, in whole quads.
-    __device__ __forceinline__ int pitch() const { return (means() + 3) / 4 * 4; }
-};
 
 // Eight neighbours of a plane as they are in memory.
 template <typename T>
@@ -126,29 +96,6 @@ __device__ __forceinline__ void fetch(const T* from, int plane, int first, int c
             for (int i = 0; i < Eight<T>::WORDS; ++i) to[j].words[i] = pack_four(v + i * PER_WORD);
             from += step;
         }
-    }
-}
-
-// The warp's sums of N values (a power of two): lane l gets that of v[l / (32 / N)]. Half of the lanes
-// go on with half of the values each time.
-template <int N, int OFFSET = 16>
-__device__ __forceinline__ float warp_sums(float (&v)[N]) {
-    if constexpr (N == 1) {
-        float sum = v[0];
-#pragma unroll
-        for (int offset = OFFSET; offset > 0; offset /= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        }
-        return sum;
-    } else {
-        const bool upper = (threadIdx.x & OFFSET) != 0;
-        float half[N / 2];
-#pragma unroll
-        for (int i = 0; i < N / 2; ++i) {
-            const float kept = upper ? v[i + N / 2] : v[i], sent = upper ? v[i] : v[i + N / 2];
-            half[i] = kept + __shfl_xor_sync(0xffffffffu, sent, OFFSET);
-        }
-        return warp_sums<N / 2, OFFSET / 2>(half);
     }
 }
 
@@ -470,217 +417,14 @@ __device__ __forceinline__ void leave_sums(const Decoder<T>& op, const float* su
     for (int i = threadIdx.x; i < op.means(); i += THREADS) mine[i] = sums[i];
 }
 
-// True in the block that comes last, which sees what the others have written.
+// Whether this block is the last one of its image to come and sees what the others have written: one
+// thread finds out once all of the block have written their sums.
 template <typename T>
-__device__ __forceinline__ bool last_to_come(const Decoder<T>& op) {
-    __shared__ bool last;
+__device__ __forceinline__ bool is_last(const Decoder<T>& op) {
     __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicInc(op.counters + blockIdx.z, gridDim.x - 1) == gridDim.x - 1;
-    }
-    __syncthreads();
+    const bool last = atomicInc(op.counters + blockIdx.z, gridDim.x - 1) == gridDim.x - 1;
     __threadfence();
     return last;
-}
-
-// Means of the image from the blocks' sums: as many threads as there are for a quad of means add up
-// every so many'th block, then one does their sums.
-template <typename T>
-__device__ __forceinline__ void add_up(const Decoder<T>& op, float* parts, float* means) {
-    constexpr int AT_ONCE = 12;
-    const int pitch = op.pitch(), quads = pitch / 4, blocks = gridDim.x;
-    const int shares = max(THREADS / quads, 1);
-    const float* partial = op.partial + static_cast<size_t>(blockIdx.z) * blocks * pitch;
-    for (int i = threadIdx.x; i < quads * shares; i += THREADS) {
-        const int share = i / quads, quad = i - share * quads;
-        float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int b0 = share; b0 < blocks; b0 += AT_ONCE * shares) {
-            float4 v[AT_ONCE];
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                const int b = b0 + j * shares;
-                const float* from = partial + static_cast<size_t>(b) * pitch + 4 * quad;
-                v[j] = b < blocks ? __ldcg(reinterpret_cast<const float4*>(from))
-                                  : float4{0.0f, 0.0f, 0.0f, 0.0f};
-            }
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                sum.x += v[j].x, sum.y += v[j].y, sum.z += v[j].z, sum.w += v[j].w;
-            }
-        }
-        store_four(parts + 4 * i, sum);
-    }
-    __syncthreads();
-    const float low = op.low_h * op.low_w, high = op.high_h * op.high_w;
-    for (int i = threadIdx.x; i < op.means(); i += THREADS) {
-        float sum = 0.0f;
-        for (int s = 0; s < shares; ++s) sum += parts[s * pitch + i];
-        means[i] = sum / (i < op.c3 ? low : high);
-    }
-    __syncthreads();
-}
-
-// decoder2's channel attention and the means of its two parts, by the means of its inputs: a warp has
-// four rows of each at a time, and all their weights under way.
-template <typename T>
-__device__ __forceinline__ void gates_two(const Decoder<T>& op, const float* means, float* ca2,
-                                          float* low, float* high) {
-    constexpr int R = 4, STEPS = 4;
-    const int lane = threadIdx.x % 32, width = op.two.width, c3 = op.c3, c2 = op.two.in;
-    const float *of_x2 = means + c3, *of_high = means + c3 + c2;
-    // Which of the sums the lane gets.
-    const int kind = lane / (2 * R), row = lane / 2 % R;
-    const float* biases = kind == 0 ? op.ca2.b : kind == 1 ? op.low.b : op.high.b;
-    for (int r0 = threadIdx.x / 32 * R; r0 < width; r0 += WARPS * R) {
-        const float bias = biases[min(r0 + row, width - 1)];
-        float v[4 * R] = {};
-        int rows[R];
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-            rows[r] = min(r0 + r, width - 1);
-            // The high part has a channel more: the attention itself.
-            v[2 * R + r] = lane == 0 ? op.high.w[rows[r] * (c3 + 1) + c3] * of_high[c3] : 0.0f;
-        }
-        for (int k0 = lane; k0 < max(c3, c2); k0 += 32 * STEPS) {
-            float w[STEPS][3][R];
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                const int k = k0 + 32 * s;
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    w[s][0][r] = k < c3 ? op.ca2.w[rows[r] * c3 + k] : 0.0f;
-                    w[s][1][r] = k < c2 ? op.low.w[rows[r] * c2 + k] : 0.0f;
-                    w[s][2][r] = k < c3 ? op.high.w[rows[r] * (c3 + 1) + k] : 0.0f;
-                }
-            }
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s) {
-                const int k = k0 + 32 * s;
-                const float x0 = means[min(k, c3 - 1)], x1 = of_x2[min(k, c2 - 1)];
-                const float x2 = of_high[min(k, c3 - 1)];
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    v[r] += w[s][0][r] * x0;
-                    v[R + r] += w[s][1][r] * x1;
-                    v[2 * R + r] += w[s][2][r] * x2;
-                }
-            }
-        }
-        const float sum = warp_sums(v) + bias;
-        const int r = r0 + row;
-        if (lane % 2 != 0 || r >= width) continue;
-        if (kind == 0) {
-            ca2[r] = activate(sum, op.act_c2);
-        } else if (kind < 3) {
-            (kind == 1 ? low : high)[r] = sum;
-        }
-    }
-    __syncthreads();
-}
-
-__device__ __forceinline__ void copy_floats(const float* from, int count, float* to) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < count; i += THREADS) copy_ahead<4>(to + i, from + i);
-}
-
-// A module's weights in shared memory, on their way there once it is made.
-struct StagedModule {
-    float *mix, *low, *low_bias, *bias, *gate;
-
-    __device__ __forceinline__ StagedModule(const Module& op, int classes, float* at) {
-        mix = at, low = mix + classes * op.width, low_bias = low + op.in * op.width;
-        bias = low_bias + op.width, gate = bias + classes;
-        copy_floats(op.mix, classes * op.width, mix);
-        copy_floats(op.low, op.in * op.width, low);
-        copy_floats(op.low_bias, op.width, low_bias);
-        copy_floats(op.bias, classes, bias);
-        copy_floats(op.gate.w, op.in, gate);
-        copy_floats(op.gate.b, 1, gate + op.in);
-    }
-    __device__ __forceinline__ float* end(const Module& op) const { return gate + op.in + 1; }
-};
-
-// A diag(ca), as [width][MAP_ROWS].
-__device__ __forceinline__ void gate_mix(const StagedModule& weights, int classes, int width,
-                                         const float* ca, float* gated) {
-    for (int r = threadIdx.x / 32; r < MAP_ROWS; r += WARPS) {
-        for (int o = threadIdx.x % 32; o < width; o += 32) {
-            gated[o * MAP_ROWS + r] = r < classes ? weights.mix[r * width + o] * ca[o] : 0.0f;
-        }
-    }
-}
-
-// A module's map, four rows of a column per thread.
-template <typename T>
-__device__ __forceinline__ void compose(const Module& op, const StagedModule& weights, int classes,
-                                        const float* gated, T* map) {
-    using Layout = MapLayout<T>;
-    float* shifts = const_cast<float*>(Layout::shifts(map, op.in));
-    for (int i = threadIdx.x; i < MAP_QUADS * (op.in + 1); i += THREADS) {
-        const int quad = i / (op.in + 1), k = i - quad * (op.in + 1), r0 = 4 * quad;
-        const bool shift = k == op.in;
-        float sum[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int r = r0 + j;
-            if (r == GATE) {
-                sum[j] = weights.gate[k];
-            } else {
-                sum[j] = shift && r < classes ? weights.bias[r] : 0.0f;
-            }
-        }
-        const float* column = shift ? weights.low_bias : weights.low + k;
-        const int step = shift ? 1 : op.in;
-#pragma unroll 8
-        for (int o = 0; o < op.width; ++o) {
-            const float v = column[o * step];
-            const float4 g = load_four(gated + o * MAP_ROWS + r0);
-            sum[0] += g.x * v;
-            sum[1] += g.y * v;
-            sum[2] += g.z * v;
-            sum[3] += g.w * v;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (shift) {
-                shifts[r0 + j] = sum[j];
-            } else {
-                store(map + Layout::at(r0 + j, k, op.in), sum[j]);
-            }
-        }
-    }
-}
-
-// What the last block does. `room`: shared memory that the tiles are done with.
-template <typename T>
-__device__ __forceinline__ void finish(const Decoder<T>& op, float* room, float* sums, float* gates,
-                                       T* map2, T* map1) {
-    const int width2 = op.two.width, width1 = op.one.width;
-    float* work = room;  // whole quads
-    float* gated1 = work + MAP_ROWS * width2;
-    float* staged = work + max(MAP_ROWS * (width2 + width1), max(4 * THREADS, op.pitch()));
-    const StagedModule two(op.two, op.classes, staged);
-    const StagedModule one(op.one, op.classes, two.end(op.two));
-    float* ca1_w = one.end(op.one);
-    float* ca1_b = ca1_w + width1 * width2;
-    copy_floats(op.ca1.w, width1 * width2, ca1_w);
-    copy_floats(op.ca1.b, width1, ca1_b);
-
-    add_up(op, work, sums);
-    float *ca2 = gates, *ca1 = ca2 + width2;
-    float *low = ca1 + width1, *high = low + width2;
-    copies_done();
-    gates_two(op, sums, ca2, low, high);
-    gate_mix(two, op.classes, width2, ca2, work);
-    for (int i = threadIdx.x; i < width2; i += THREADS) high[i] += low[i] * ca2[i];
-    __syncthreads();
-    rows(ca1_w, ca1_b, high, ca1, width1, width2, op.act_c1);
-    compose(op.two, two, op.classes, work, map2);
-    __syncthreads();
-    gate_mix(one, op.classes, width1, ca1, gated1);
-    __syncthreads();
-    compose(op.one, one, op.classes, gated1, map1);
 }
 
 // Floats of shared memory: `own_len` for the tile's own pixels of s3, rows of `own_pitch`, and what is
@@ -693,7 +437,8 @@ template <typename T>
 __device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared& lens, int map2_len,
                                              int map1_len) {
     DYNAMIC_SHARED(float, shared);
-    __shared__ float warps[32], t_bias[MAP_ROWS];
+    __shared__ float warps[32], t_bias[MAP_ROWS], inverses[2];
+    __shared__ bool last;
     __shared__ Tables tables;
     float* products = shared + lens.own_len;
     T* t_map = reinterpret_cast<T*>(products + lens.products);
@@ -707,6 +452,9 @@ __device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared&
     if (threadIdx.x < MAP_ROWS) {
         const int r = threadIdx.x;
         t_bias[r] = r < op.classes ? op.t_bias[r] : 0.0f;
+    } else if (threadIdx.x < MAP_ROWS + 2) {
+        const bool low = threadIdx.x == MAP_ROWS;
+        inverses[low ? 0 : 1] = 1.0f / (low ? op.low_h * op.low_w : op.high_h * op.high_w);
     }
     const Tile tile(op);
     fill(op, tile, tables);
@@ -733,9 +481,13 @@ __device__ __forceinline__ void decoder_sums(const Decoder<T>& op, const Shared&
            own_aligned);
     __syncthreads();
     leave_sums(op, sums);
+    __syncthreads();
+    // A thread of the warp that has least to do for t, meanwhile.
+    if (threadIdx.x == THREADS - 32) last = is_last(op);
     scores_s3(op, tile, own, lens.own_pitch, t_map, t_bias, products);
-    if (!last_to_come(op)) return;
-    finish(op, shared, sums, gates, op.map2 + static_cast<size_t>(blockIdx.z) * map2_len,
+    __syncthreads();
+    if (!last) return;
+    finish(op, inverses, shared, attention, sums, gates, op.map2 + static_cast<size_t>(blockIdx.z) * map2_len,
            op.map1 + static_cast<size_t>(blockIdx.z) * map1_len);
 }
 

@@ -184,10 +184,8 @@ impl DecoderShape {
         let dots = threads / 32 * SUMS_PIXELS;
         let own_len = (own_pitch * s3.c * element.size() / 4).max(dots).next_multiple_of(8);
         let (width2, width1) = (self.width2, self.width1);
-        let parts = (4 * threads).max(self.sums_pitch());
-        let module = |width: usize, inputs: usize| (width + 1) * (self.classes + inputs + 1);
-        let weights = module(width2, x2.c) + module(width1, self.x1.c) + width1 * (width2 + 1);
-        let last = parts.max(MAP_ROWS * (width2 + width1)) + weights;
+        let parts = threads / 32 * self.sums_pitch();
+        let last = parts.max(MAP_ROWS * (width2 + width1));
         (own_pitch, own_len, products, (own_len + products + map).max(last).next_multiple_of(8))
     }
 
