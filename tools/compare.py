@@ -75,12 +75,22 @@ def limits(name: str) -> tuple[float, float]:
 
 def open_engines(makers: dict[str, Callable[[], Engine]]) -> dict[str, Engine]:
     """What this machine has of them; the rest is named on stderr."""
-    found = {}
+    started, found = {}, {}
+
+    def left_out(name: str, problem: Unavailable) -> None:
+        print(f"left out: {name}: {problem}", file=sys.stderr)
+
     for name, make in makers.items():
         try:
-            found[name] = make()
+            started[name] = make()
         except Unavailable as problem:
-            print(f"left out: {name}: {problem}", file=sys.stderr)
+            left_out(name, problem)
+    for name, engine in started.items():
+        try:
+            engine.ready()
+            found[name] = engine
+        except Unavailable as problem:
+            left_out(name, problem)
     return found
 
 
@@ -167,6 +177,7 @@ def compare_training(arguments: argparse.Namespace, folder: Path) -> list[dict[s
         def torch_round(mode: str) -> Callable[[int], list[float]]:
             worker = Worker(stack, engines.torch_training, device, TRAIN_SIZE, TRAIN_BATCH, TRAIN_CLASSES,
                             arguments.threads, mode)
+            worker.ready()
             return lambda iterations: worker.round(iterations, warmup=1)
 
         def make(name: str) -> Callable[[int], list[float]]:
@@ -188,6 +199,7 @@ def compare_peers(arguments: argparse.Namespace, _folder: Path) -> list[dict[str
             with ExitStack() as stack:
                 try:
                     worker = Worker(stack, peers.build, name, (width, height), device, arguments.threads)
+                    worker.ready()
                 except Unavailable as problem:
                     print(f"left out: {name}: {problem}", file=sys.stderr)
                     continue

@@ -37,6 +37,9 @@ class Unavailable(Exception):
 class Engine(ABC):
     """One competitor at one size."""
 
+    def ready(self) -> None:
+        """Does what has to be done before it runs; raises Unavailable where something is missing."""
+
     @abstractmethod
     def output(self) -> np.ndarray:
         """What it makes of the common input: logits 1 x C x H x W, or labels 1 x H x W."""
@@ -50,16 +53,21 @@ class Worker(Engine):
     """An engine that is called from Python, in a process of its own.
 
     `build(*arguments)` runs in that process and returns the call that is timed, and how: `timed` by the
-    host's clock, or another function with its signature (a GPU's own clock).
+    host's clock, or another function with its signature (a GPU's own clock). The process starts at
+    once and imports what it needs beside others; `ready` then builds, which one does at a time, since
+    libraries choose their algorithms by timing them.
     """
 
     def __init__(
         self, stack: ExitStack, build: Callable[..., tuple[Call, Timer]], *arguments: object
     ) -> None:
-        self.executor = stack.enter_context(ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(build, arguments),
-        ))
-        problem = self.executor.submit(_worker_problem).result()
+        self.executor = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+        self.built = build, arguments
+        # To receive the function, the process imports its module.
+        self.executor.submit(_import_worker, build)
+
+    def ready(self) -> None:
+        problem = self.executor.submit(_build_worker, *self.built).result()
         if problem is not None:
             raise Unavailable(problem)
 
@@ -71,20 +79,21 @@ class Worker(Engine):
 
 
 Timer = Callable[[Callable[[], object], int, int], list[float]]
-# In a worker process: one run of its engine and its clock, or what is missing.
-_worker: tuple[Call, Timer] | str
+# In a worker process: one run of its engine and its clock.
+_worker: tuple[Call, Timer]
 
 
-def _start_worker(build: Callable[..., tuple[Call, Timer]], arguments: tuple[object, ...]) -> None:
+def _import_worker(_build: Callable[..., tuple[Call, Timer]]) -> None:
+    pass
+
+
+def _build_worker(build: Callable[..., tuple[Call, Timer]], arguments: tuple[object, ...]) -> str | None:
     global _worker
     try:
         _worker = build(*arguments)
     except (Unavailable, ImportError) as error:
-        _worker = str(error)
-
-
-def _worker_problem() -> str | None:
-    return _worker if isinstance(_worker, str) else None
+        return str(error)
+    return None
 
 
 def _call_worker() -> object:
