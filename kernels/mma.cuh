@@ -46,6 +46,26 @@ __device__ __forceinline__ void mma_8(float (&d)[4], unsigned a0, unsigned a1, u
 #endif
 }
 
+// A from shared memory, rows `pitch` halves apart, each 16 bytes aligned.
+__device__ __forceinline__ void load_operand(const __half* tile, int pitch, unsigned (&a)[4]) {
+    const int lane = threadIdx.x % 32;
+#if !defined(FPENET_HOST) && __CUDA_ARCH__ >= 750
+    // Lanes name the rows: 8 by 8 halves after the other, rows first.
+    const unsigned row = static_cast<unsigned>(
+        __cvta_generic_to_shared(tile + lane % 16 * pitch + lane / 16 * 8));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(row)
+                 : "memory");
+#else
+    const __half* mine = tile + lane / 4 * pitch + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        a[i] = *reinterpret_cast<const unsigned*>(mine + i % 2 * 8 * pitch + i / 2 * 8);
+    }
+#endif
+}
+
 // d += A B.
 __device__ __forceinline__ void mma_16(float (&d)[4], const unsigned (&a)[4],
                                        const unsigned (&b)[2]) {

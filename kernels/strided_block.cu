@@ -51,8 +51,22 @@ struct Branches {
     int in_h, in_w, h, w, x_batch, x_plane;
 };
 
+// Dividing whole numbers below 4096, by the reciprocal of the divisor: a half more than the dividend is
+// far enough from where the quotient would change.
+struct Divisor {
+    int by;
+    float inverse;
+
+    __device__ __forceinline__ explicit Divisor(int by)
+        : by(by), inverse(__fdividef(1.0f, static_cast<float>(by))) {}
+    __device__ __forceinline__ int operator()(int i) const {
+        return static_cast<int>((static_cast<float>(i) + 0.5f) * inverse);
+    }
+};
+
 // The pixels that a branch's taps reach from a tile of outputs, on the grid that it works on: every
-// `step`-th row and column of x, outputs `stride` apart. `lead` columns before the first tap.
+// `step`-th row and column of x, outputs `stride` apart. `lead` columns before the first tap, with which
+// the first column is even.
 template <int C>
 struct Region {
     int step, stride, d, lead, rows, pitch, y0, x0, h, w;
@@ -60,17 +74,18 @@ struct Region {
     __device__ __forceinline__ Region(const Branches& op, int branch, int tile_w, int oy0, int ox0) {
         const bool fine = branch < op.fine;
         step = fine ? 1 : 2, stride = fine ? 2 : 1, d = op.dilations.at(branch);
-        lead = fine ? d % 2 : 0;
+        lead = d & 1;
         rows = (TILE - 1) * stride + 2 * d + 1;
         // launch::strided_pixels() has the same.
         const int span = lead + (tile_w - 1) * stride + 2 * d + 1;
         pitch = span + (fine ? (2 - span) & 3 : C == 32 ? (4 - span) & 7 : span & 1);
         y0 = oy0 * stride - d, x0 = ox0 * stride - d - lead;
-        h = (op.in_h + step - 1) / step, w = (op.in_w + step - 1) / step;
+        const int shift = step - 1;
+        h = (op.in_h + shift) >> shift, w = (op.in_w + shift) >> shift;
     }
     __device__ __forceinline__ int count() const { return rows * pitch; }
-    __device__ __forceinline__ bool inside(int q) const {
-        const int y = y0 + q / pitch, x = x0 + q % pitch;
+    __device__ __forceinline__ bool inside(int q, const Divisor& across) const {
+        const int row = across(q), y = y0 + row, x = x0 + q - row * pitch;
         return y >= 0 && y < h && x >= 0 && x < w;
     }
     __device__ __forceinline__ bool whole() const {
@@ -94,58 +109,82 @@ struct Expansion {
     unsigned b[C / 8][C / 16][2];
 };
 
-// A branch's parameters, none of which waits for another kernel.
+// A branch's parameters, none of which waits for another kernel: into registers, all loads under way,
+// and from there, after those of x have begun, into shared memory.
 template <int C>
-__device__ __forceinline__ void load_params(const Branches& op, int branch, Expansion<C>& expand,
-                                            BranchParams<C>& params) {
-    const bool fine = branch < op.fine;
-    const int row0 = (fine ? branch : branch - op.fine) * C;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const __half* w = op.half_params + (fine ? op.fine_w : op.coarse_w) + (row0 + g) * C + 2 * t;
+struct Parameters {
+    static constexpr int TAPS = (9 * C + TILE_THREADS - 1) / TILE_THREADS;
+    float taps[TAPS], bias;
+
+    __device__ __forceinline__ Parameters(const Branches& op, int branch, Expansion<C>& expand) {
+        const bool fine = branch < op.fine;
+        const int row0 = (fine ? branch : branch - op.fine) * C;
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        const __half* w = op.half_params + (fine ? op.fine_w : op.coarse_w) + (row0 + g) * C + 2 * t;
+        const float* from = op.params + op.weights.at(branch) + threadIdx.x;
 #pragma unroll
-    for (int n = 0; n < C / 8; ++n) {
+        for (int k = 0; k < TAPS; ++k) {
+            taps[k] = threadIdx.x + k * TILE_THREADS < 9 * C ? from[k * TILE_THREADS] : 0.0f;
+        }
+        // The first C threads have the expansion's biases, the next C the branch's.
+        const int first = threadIdx.x < C ? (fine ? op.fine_b : op.coarse_b) + row0
+                                          : op.biases.at(branch) - C;
+        bias = threadIdx.x < 2 * C ? op.params[first + static_cast<int>(threadIdx.x)] : 0.0f;
 #pragma unroll
-        for (int k = 0; k < C / 16; ++k) {
+        for (int n = 0; n < C / 8; ++n) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                expand.b[n][k][i] = *reinterpret_cast<const unsigned*>(w + 8 * n * C + 16 * k + 8 * i);
+            for (int k = 0; k < C / 16; ++k) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    expand.b[n][k][i] = *reinterpret_cast<const unsigned*>(w + 8 * n * C + 16 * k + 8 * i);
+                }
             }
         }
     }
-    const float* expand_bias = op.params + (fine ? op.fine_b : op.coarse_b) + row0;
-    const float* taps = op.params + op.weights.at(branch);
-    const float* bias = op.params + op.biases.at(branch);
-    for (int i = threadIdx.x; i < 9 * C; i += TILE_THREADS) params.taps[i % 9][i / 9] = taps[i];
-    if (threadIdx.x < C) {
-        params.expand_bias[threadIdx.x] = expand_bias[threadIdx.x];
-        params.bias[threadIdx.x] = bias[threadIdx.x];
-    }
-}
-
-// Two neighbouring pixels of 8 channels, a register per channel. PAIRED: in one load.
-template <int C, bool PAIRED>
-__device__ __forceinline__ void load_two(const Branches& op, const Region<C>& at, const __half* x,
-                                         int row, int column, unsigned (&v)[8]) {
-    const int y = at.y0 + row, left = at.x0 + column;
-    const bool in_row = y >= 0 && y < at.h, first = in_row && left >= 0 && left < at.w;
-    const bool second = in_row && left + 1 >= 0 && left + 1 < at.w;
-    const __half* from = x + static_cast<ptrdiff_t>(y * at.step) * op.in_w + left * at.step;
-    unsigned short low[8], high[8];
+    __device__ __forceinline__ void store(BranchParams<C>& params) const {
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-        const __half* channel = from + static_cast<size_t>(c) * op.x_plane;
-        if (PAIRED) {
-            v[c] = first ? *reinterpret_cast<const unsigned*>(channel) : 0u;
-        } else {
-            low[c] = first ? __half_as_ushort(channel[0]) : 0;
-            high[c] = second ? __half_as_ushort(channel[at.step]) : 0;
+        for (int k = 0; k < TAPS; ++k) {
+            const int i = threadIdx.x + k * TILE_THREADS;
+            if (i < 9 * C) params.taps[i % 9][i / 9] = taps[k];
+        }
+        if (threadIdx.x < 2 * C) {
+            (threadIdx.x < C ? params.expand_bias : params.bias)[threadIdx.x % C] = bias;
         }
     }
+};
+
+// Two neighbouring pixels of 8 channels as they are loaded; of pixels outside of the plane, any value
+// inside. STEP: in one load, of the pixel between them too where that is 2; 0: one by one.
+template <int STEP>
+struct Two {
+    uint2 v[8];
+
+    template <int C>
+    __device__ __forceinline__ void load(const Branches& op, const Region<C>& at, const __half* x,
+                                         int row, int column) {
+        const int line = min(max(at.y0 + row, 0), at.h - 1) * at.step * op.in_w;
+        const int left = at.x0 + column;
+        int from = line + min(max(left, 0), at.w - (STEP == 0 ? 1 : 2)) * at.step;
+        int second = line + min(max(left + 1, 0), at.w - 1) * at.step;
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-        if (!PAIRED) v[c] = low[c] | static_cast<unsigned>(high[c]) << 16;
+        for (int c = 0; c < 8; ++c, from += op.x_plane, second += op.x_plane) {
+            if (STEP == 1) {
+                v[c].x = *reinterpret_cast<const unsigned*>(x + from);
+            } else if (STEP == 2) {
+                v[c] = *reinterpret_cast<const uint2*>(x + from);
+            } else {
+                v[c] = uint2{__half_as_ushort(x[from]), __half_as_ushort(x[second])};
+            }
+        }
     }
-}
+    // A register per channel.
+    __device__ __forceinline__ void pairs(unsigned (&pair)[8]) const {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+            pair[c] = STEP == 1 ? v[c].x : __byte_perm(v[c].x, v[c].y, 0x5410);
+        }
+    }
+};
 
 __device__ __forceinline__ void store_two(__half* to, int pixel, const unsigned (&v)[8]) {
     *reinterpret_cast<uint4*>(to) =
@@ -156,29 +195,35 @@ __device__ __forceinline__ void store_two(__half* to, int pixel, const unsigned 
               __byte_perm(v[4], v[5], 0x7632), __byte_perm(v[6], v[7], 0x7632)};
 }
 
-// All channels of the region's pixels into shared memory, 16 loads of a thread under way.
-template <int C, bool PAIRED>
+// All channels of the region's pixels into shared memory. `begun` is called once, after the first loads.
+template <int C, int STEP, typename Begun>
 __device__ __forceinline__ void stage_region(const Branches& op, const Region<C>& at,
-                                             __half* pixels) {
-    constexpr int ACROSS = TILE_THREADS / (C / 8), AT_ONCE = PAIRED ? 2 : 1;
-    const int c0 = threadIdx.x / ACROSS * 8, first = threadIdx.x % ACROSS, across = at.pitch / 2;
+                                             __half* pixels, const Begun& begun) {
+    constexpr int ACROSS = TILE_THREADS / (C / 8), AT_ONCE = (STEP == 1) + (C == 64 ? 2 : 1);
+    const int c0 = threadIdx.x / ACROSS * 8, first = threadIdx.x % ACROSS;
+    const Divisor across(at.pitch / 2);
     const __half* x = op.x + plane_at(blockIdx.z, op.x_batch, c0, op.x_plane);
-    const int rows = ACROSS / across, columns = ACROSS % across;
-    int row = first / across, column = first % across;
+    const int rows = across(ACROSS), columns = ACROSS - rows * across.by;
+    int row = across(first), column = first - row * across.by;
+    bool once = true;
 #pragma unroll 1
-    while (row < at.rows) {
-        unsigned v[AT_ONCE][8];
+    while (once || row < at.rows) {
+        Two<STEP> two[AT_ONCE];
         int to[AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             to[i] = row < at.rows ? (row * at.pitch + 2 * column) * PIXEL<C> : -1;
-            load_two<C, PAIRED>(op, at, x, row, 2 * column, v[i]);
+            two[i].load(op, at, x, row, 2 * column);
             row += rows, column += columns;
-            if (column >= across) column -= across, ++row;
+            if (column >= across.by) column -= across.by, ++row;
         }
+        if (once) begun();
+        once = false;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
-            if (to[i] >= 0) store_two(pixels + to[i] + c0, PIXEL<C>, v[i]);
+            unsigned pairs[8];
+            two[i].pairs(pairs);
+            if (to[i] >= 0) store_two(pixels + to[i] + c0, PIXEL<C>, pairs);
         }
     }
 }
@@ -187,30 +232,43 @@ __device__ __forceinline__ void stage_region(const Branches& op, const Region<C>
 template <int C>
 __device__ __forceinline__ void expand_region(const Region<C>& at, const Expansion<C>& expand,
                                               const float* bias, __half* pixels) {
+    // Columns of 8 channels whose sums a warp has at once.
+    constexpr int COLUMNS = 4;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int count = at.count();
     const bool whole = at.whole();
+    const Divisor across(at.pitch);
+#pragma unroll 1
     for (int q = threadIdx.x / 32 * 16; q < count; q += TILE_WARPS * 16) {
-        __half* mine = pixels + (q + g) * PIXEL<C> + 2 * t;
-        const auto word = [&](int pixel, int channel) -> unsigned& {
-            return *reinterpret_cast<unsigned*>(mine + pixel * PIXEL<C> + channel);
-        };
+        __half* tile = pixels + q * PIXEL<C>;
         unsigned a[C / 16][4];
 #pragma unroll
-        for (int k = 0; k < C / 16; ++k) {
-            a[k][0] = word(0, 16 * k), a[k][1] = word(8, 16 * k);
-            a[k][2] = word(0, 16 * k + 8), a[k][3] = word(8, 16 * k + 8);
-        }
-        const bool top = whole || at.inside(q + g), bottom = whole || at.inside(q + g + 8);
+        for (int k = 0; k < C / 16; ++k) load_operand(tile + 16 * k, PIXEL<C>, a[k]);
+        const bool top = whole || at.inside(q + g, across);
+        const bool bottom = whole || at.inside(q + g + 8, across);
         __syncwarp();
+        __half* mine = tile + g * PIXEL<C> + 2 * t;
 #pragma unroll
-        for (int n = 0; n < C / 8; ++n) {
-            const float low = bias[8 * n + 2 * t], high = bias[8 * n + 2 * t + 1];
-            float d[4] = {low, high, low, high};
+        for (int n0 = 0; n0 < C / 8; n0 += COLUMNS) {
+            float d[COLUMNS][4];
 #pragma unroll
-            for (int k = 0; k < C / 16; ++k) mma_16(d, a[k], expand.b[n][k]);
-            word(0, 8 * n) = top ? pack_halves(relu(d[0]), relu(d[1])) : 0u;
-            word(8, 8 * n) = bottom ? pack_halves(relu(d[2]), relu(d[3])) : 0u;
+            for (int n = 0; n < COLUMNS; ++n) {
+                const float2 start = *reinterpret_cast<const float2*>(bias + 8 * (n0 + n) + 2 * t);
+                d[n][0] = d[n][2] = start.x, d[n][1] = d[n][3] = start.y;
+            }
+#pragma unroll
+            for (int k = 0; k < C / 16; ++k) {
+#pragma unroll
+                for (int n = 0; n < COLUMNS; ++n) mma_16(d[n], a[k], expand.b[n0 + n][k]);
+            }
+#pragma unroll
+            for (int n = 0; n < COLUMNS; ++n) {
+                __half* to = mine + 8 * (n0 + n);
+                *reinterpret_cast<unsigned*>(to) =
+                    top ? pack_halves(relu(d[n][0]), relu(d[n][1])) : 0u;
+                *reinterpret_cast<unsigned*>(to + 8 * PIXEL<C>) =
+                    bottom ? pack_halves(relu(d[n][2]), relu(d[n][3])) : 0u;
+            }
         }
     }
 }
@@ -278,15 +336,18 @@ __device__ __forceinline__ void make_branch(const Branches& op, int branch, int 
     BranchParams<C>& params = *static_cast<BranchParams<C>*>(shared);
     __half* pixels = reinterpret_cast<__half*>(&params + 1);
     const Region<C> at(op, branch, tile_w, oy0, ox0);
-    const bool paired = at.step == 1 && reinterpret_cast<size_t>(op.x) % 4 == 0 &&
-                        (op.in_w | op.x_batch | op.x_plane) % 2 == 0;
+    const int off =
+        static_cast<int>(reinterpret_cast<size_t>(op.x) / 2 | op.in_w | op.x_batch | op.x_plane) % 4;
     Expansion<C> expand;
-    load_params<C>(op, branch, expand, params);
+    const Parameters<C> own(op, branch, expand);
+    const auto begun = [&] { own.store(params); };
     if (previous) wait_for_previous();
-    if (paired) {
-        stage_region<C, true>(op, at, pixels);
+    if (at.step == 1 && off % 2 == 0) {
+        stage_region<C, 1>(op, at, pixels, begun);
+    } else if (at.step == 2 && off == 0) {
+        stage_region<C, 2>(op, at, pixels, begun);
     } else {
-        stage_region<C, false>(op, at, pixels);
+        stage_region<C, 0>(op, at, pixels, begun);
     }
     __syncthreads();
     expand_region<C>(at, expand, params.expand_bias, pixels);
@@ -308,8 +369,11 @@ template <int C>
 __device__ __forceinline__ void strided_block(const Branches& op, __half* RESTRICT y, int tile_w,
                                               int y_batch, int y_plane) {
     DYNAMIC_SHARED(float, shared);
-    const int tiles_x = (op.w + tile_w - 1) / tile_w, branch = blockIdx.y;
-    const int ox0 = blockIdx.x % tiles_x * tile_w, oy0 = blockIdx.x / tiles_x * TILE;
+    // A tile has 8 or 16 columns.
+    const unsigned shift = tile_w == TILE ? 3 : 4;
+    const unsigned tiles_x = (op.w + tile_w - 1) >> shift, tile_y = blockIdx.x / tiles_x;
+    const int branch = blockIdx.y, oy0 = tile_y * TILE;
+    const int ox0 = (blockIdx.x - tile_y * tiles_x) << shift;
     const bool aligned = op.w % 8 == 0 && wide(y, y_batch, y_plane);
     start_next();
     y += plane_at(blockIdx.z, y_batch, branch * C, y_plane);

@@ -138,6 +138,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -209,6 +212,8 @@ inline __half2 __hmul2(__half2 a, __half2 b) {
             __float2half(__half2float(a.y) * __half2float(b.y))};
 }
 inline __half2 __float2half2_rn(float v) { return {__float2half(v), __float2half(v)}; }
+
+inline float __fdividef(float a, float b) { return a / b; }
 
 // Bytes 0 to 3 are those of a, 4 to 7 those of b; four bits of the selector name one of them.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {

@@ -68,7 +68,7 @@ const STRIDED_COLUMNS: [usize; 2] = [16, 8];
 /// Region.
 pub fn strided_pixels(width: usize, tile_w: usize, (stride, dilation): (usize, usize)) -> usize {
     let span = |outputs: usize| (outputs - 1) * stride + 2 * dilation + 1;
-    let columns = span(tile_w) + if stride == 2 { dilation % 2 } else { 0 };
+    let columns = span(tile_w) + dilation % 2;
     // The next number that leaves `rest`.
     let (rest, every) = match (stride, width) {
         (2, _) => (2, 4),
