@@ -314,6 +314,13 @@ struct Tile {
     }
 };
 
+// The warp's next group: warps that are done early take more of them, z's take longest.
+__device__ __forceinline__ int take(unsigned* next) {
+    unsigned group = 0;
+    if (threadIdx.x % 32 == 0) group = atomicAdd(next, 1u);
+    return static_cast<int>(__shfl_sync(0xffffffffu, group, 0));
+}
+
 // `slots`: how many shared memory has room for.
 template <typename T>
 __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RESTRICT x2,
@@ -325,6 +332,9 @@ __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RES
                                                int map1_len, int x2_batch, int x2_plane,
                                                int x1_batch, int x1_plane) {
     DYNAMIC_SHARED(float, shared);
+    // The first group of pixels that no warp has yet.
+    __shared__ unsigned next;
+    if (threadIdx.x == 0) next = WARPS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     T* staged2 = reinterpret_cast<T*>(shared + slots * SLOT);
     T* staged1 = staged2 + map2_len;
@@ -348,7 +358,7 @@ __device__ __forceinline__ void decoder_labels(const T* RESTRICT t, const T* RES
 
     bool first = true;
 #pragma unroll 1
-    for (int group = warp; first || group < groups; group += WARPS) {
+    for (int group = warp; first || group < groups; group = take(&next)) {
         const bool of_z = group < groups2;
         const int i = (of_z ? group : group - groups2) * GROUP + lane;
         const int channels = of_z ? c2 : c1, plane = of_z ? x2_plane : x1_plane;
