@@ -39,7 +39,8 @@ constexpr int BLOCKS = 2;
 
 struct Shared {
     float taps[9][CHANNELS];
-    float stem_b[CHANNELS], expand_b[CHANNELS], depth_b[CHANNELS], project_b[CHANNELS];
+    // Of s, e, d and y.
+    float biases[4][CHANNELS];
     __half image[IMAGE_ROWS * IMAGE_PITCH];
     __half e[(REACH + 15) / 16 * 16 * PIXEL];
 };
@@ -100,13 +101,14 @@ struct Outputs {
 
     // Two neighbours of channels 8n + 2t (in the low halves of both) and 8n + 2t + 1; `second`: whether
     // the right one is inside.
-    __device__ __forceinline__ void write(size_t p, int n, unsigned left, unsigned right,
+    __device__ __forceinline__ void write(int p, int n, unsigned left, unsigned right,
                                           bool second) const {
-        __half* to = base + static_cast<size_t>(8 * n) * plane + p;
+        int at = 8 * n * plane + p;
         const unsigned pairs[2] = {__byte_perm(left, right, 0x5410),
                                    __byte_perm(left, right, 0x7632)};
 #pragma unroll
-        for (int c = 0; c < 2; ++c, to += plane) {
+        for (int c = 0; c < 2; ++c, at += plane) {
+            __half* to = base + at;
             if (paired) {
                 *reinterpret_cast<unsigned*>(to) = pairs[c];
             } else {
@@ -116,8 +118,8 @@ struct Outputs {
         }
     }
     // Two neighbours of channel 8n + 2t + c.
-    __device__ __forceinline__ unsigned read(size_t p, int n, int c, bool second) const {
-        const __half* from = base + static_cast<size_t>(8 * n + c) * plane + p;
+    __device__ __forceinline__ unsigned read(int p, int n, int c, bool second) const {
+        const __half* from = base + ((8 * n + c) * plane + p);
         if (paired) return *reinterpret_cast<const unsigned*>(from);
         const unsigned right = second ? __half_as_ushort(from[1]) : 0;
         return __half_as_ushort(from[0]) | right << 16;
@@ -241,13 +243,14 @@ __device__ __forceinline__ void stem_block(const Source& source, const float* RE
     const int g = thread % 32 / 4, t = thread % 4;
 
     start_next();
-    if (thread < 9 * CHANNELS) shared->taps[thread % 9][thread / 9] = depth_w[thread];
-    if (thread < CHANNELS) {
-        shared->stem_b[thread] = stem_b[thread];
-        shared->expand_b[thread] = expand_b[thread];
-        shared->depth_b[thread] = depth_b[thread];
-        shared->project_b[thread] = project_b[thread];
-    }
+    // What goes to shared memory, on its way while the weights are: a tap, or one of the biases.
+    const int bias = thread / CHANNELS - 9, channel = thread % CHANNELS;
+    const float* const own = bias < 0    ? depth_w + thread
+                             : bias == 0 ? stem_b + channel
+                             : bias == 1 ? expand_b + channel
+                             : bias == 2 ? depth_b + channel
+                                         : project_b + channel;
+    const float kept = *own;
     // Rows of taps, channel by channel, are two pairs each: none and the first, the second and third.
     constexpr int STEPS = 5;
     unsigned whole[2][STEPS], rest[2][STEPS];
@@ -255,11 +258,10 @@ __device__ __forceinline__ void stem_block(const Source& source, const float* RE
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
-            const int row = 2 * k + t / 2;
+            // What is multiplied where there is no tap, or row of taps, is zero: any weight will do.
+            const int row = min(2 * k + t / 2, 3 * IMAGE_CHANNELS - 1);
             const float* from = stem_w + (8 * n + g) * 9 * IMAGE_CHANNELS + 3 * row;
-            const bool taps = row < 3 * IMAGE_CHANNELS, first = t % 2 == 0;
-            const Weights pair = split(taps && !first ? from[1] : 0.0f,
-                                       taps ? from[first ? 0 : 2] : 0.0f);
+            const Weights pair = split(from[t % 2], from[t % 2 * 2]);
             whole[n][k] = pair.whole, rest[n][k] = pair.rest;
         }
     }
@@ -268,6 +270,11 @@ __device__ __forceinline__ void stem_block(const Source& source, const float* RE
         const Matrix expand(expand_w, g, t);
         wait_for_previous();
         stage_image(source, y0, x0, in_h, in_w, shared->image);
+        if (bias < 0) {
+            shared->taps[thread % 9][thread / 9] = kept;
+        } else if (bias < 4) {
+            shared->biases[bias][channel] = kept;
+        }
         __syncthreads();
 
         // Of the pair that begins with no tap, nothing but the second counts.
@@ -280,7 +287,7 @@ __device__ __forceinline__ void stem_block(const Source& source, const float* RE
             const unsigned* words = reinterpret_cast<const unsigned*>(shared->image) +
                                     row * IMAGE_PITCH + column + 1 + t % 2;
             float sums[2][4];
-            start(shared->stem_b, t, sums);
+            start(shared->biases[0], t, sums);
             unsigned a[2][STEPS];
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) {
@@ -308,14 +315,14 @@ __device__ __forceinline__ void stem_block(const Source& source, const float* RE
             const int oy = y0 - 1 + row, ox = x0 - 2 + column;
             const bool in_row = oy >= 0 && oy < h && q < REACH;
             if (in_row && row >= 1 && row <= TILE_H && column >= 2 && column < TILE_W + 2 && ox < w) {
-                const size_t p = static_cast<size_t>(oy) * w + ox;
+                const int p = oy * w + ox;
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
                     s_out.write(p, n, made[2 * n], made[2 * n + 1], ox + 1 < w);
                 }
             }
             float expanded[2][4];
-            start(shared->expand_b, t, expanded);
+            start(shared->biases[1], t, expanded);
             expand.multiply(made, expanded);
             relu_operand(expanded, made);
             const bool left = in_row && ox >= 0 && ox < w;
@@ -338,7 +345,7 @@ __device__ __forceinline__ void stem_block(const Source& source, const float* RE
         if (y0 + row >= h || x0 + column >= w) continue;
         const int oy = y0 + row, ox = x0 + column + 2 * g;
         const bool left = ox < w, right = ox + 1 < w;
-        const size_t p = static_cast<size_t>(oy) * w + ox;
+        const int p = oy * w + ox;
         unsigned before[2][2];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -348,7 +355,7 @@ __device__ __forceinline__ void stem_block(const Source& source, const float* RE
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int c = 8 * n + 2 * t;
-            const float low = shared->depth_b[c], high = shared->depth_b[c + 1];
+            const float low = shared->biases[2][c], high = shared->biases[2][c + 1];
             float d[4] = {low, high, low, high};
             // The left pixel's first tap is a column before it, which the region has at column + 1.
             const __half* from = shared->e + (row * REACH_W + column + 2 * g + 1) * PIXEL + c;
@@ -371,7 +378,7 @@ __device__ __forceinline__ void stem_block(const Source& source, const float* RE
             a[2 * n + 1] = pack_halves(relu(d[2]), relu(d[3]));
         }
         float sums[2][4];
-        start(shared->project_b, t, sums);
+        start(shared->biases[3], t, sums);
         project.multiply(a, sums);
         if (!left) continue;
 #pragma unroll

@@ -6,12 +6,12 @@
 //
 // strided_block makes y; a block of 256 threads has 8 rows of 16 outputs of one branch (of 8, where
 // shared memory is short). The pixels of x that they need come into shared memory with a pixel's C
-// channels together, two pixels of 8 channels per thread at a time. A warp expands 16 pixels at once
+// channels together, two pixels of 8 channels per thread and load, any value where the plane ends. A warp expands 16 pixels at once
 // by tensor cores (mma.cuh, weights in registers, biases where the sums start) and puts e where their
 // x was, zeros outside of the plane. Then a thread makes 8 neighbouring outputs of two channels, from
 // taps that it reads once for all three columns they are in.
-// Rows of the region are as long as it takes for the lanes' banks to differ, and, on all pixels, for
-// pairs of x to lie on addresses of 4 bytes.
+// Rows of the region are as long as it takes for the lanes' banks to differ, and begin at even columns,
+// for pairs of x to be loads of 4 bytes, or of 8 with every other pixel between them.
 // Expanded pixels per output: fine 4.5, coarse 1.6, 1.9 and 3.5 for dilations 1, 2, 4 (C = 32).
 // Bytes: x per branch out of L2 with that halo, y once. FLOPs: 2 C per expanded value, 18 per output.
 // Shared: 2 (C + 8) per pixel and 44 C: 48 KB for C = 32, 86 KB for C = 64.
@@ -31,11 +31,12 @@
 namespace {
 
 constexpr int TILE = 8;
-// Blocks of 32 channels on a multiprocessor. Volta, without mma.cuh's products, needs more registers.
+// Blocks of 32 and of 64 channels on a multiprocessor. Volta, without mma.cuh's products, needs more
+// registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
-constexpr int NARROW_BLOCKS = 2;
+constexpr int NARROW_BLOCKS = 2, WIDE_BLOCKS = 1;
 #else
-constexpr int NARROW_BLOCKS = 4;
+constexpr int NARROW_BLOCKS = 4, WIDE_BLOCKS = 2;
 #endif
 
 // Offsets of the expansions' weights in half_params and of their biases in params; those of the
@@ -110,7 +111,7 @@ struct Expansion {
 };
 
 // A branch's parameters, none of which waits for another kernel: into registers, all loads under way,
-// and from there, after those of x have begun, into shared memory.
+// and from there, after x, into shared memory.
 template <int C>
 struct Parameters {
     static constexpr int TAPS = (9 * C + TILE_THREADS - 1) / TILE_THREADS;
@@ -195,19 +196,18 @@ __device__ __forceinline__ void store_two(__half* to, int pixel, const unsigned 
               __byte_perm(v[4], v[5], 0x7632), __byte_perm(v[6], v[7], 0x7632)};
 }
 
-// All channels of the region's pixels into shared memory. `begun` is called once, after the first loads.
-template <int C, int STEP, typename Begun>
+// All channels of the region's pixels into shared memory.
+template <int C, int STEP>
 __device__ __forceinline__ void stage_region(const Branches& op, const Region<C>& at,
-                                             __half* pixels, const Begun& begun) {
+                                             __half* pixels) {
     constexpr int ACROSS = TILE_THREADS / (C / 8), AT_ONCE = (STEP == 1) + (C == 64 ? 2 : 1);
     const int c0 = threadIdx.x / ACROSS * 8, first = threadIdx.x % ACROSS;
     const Divisor across(at.pitch / 2);
     const __half* x = op.x + plane_at(blockIdx.z, op.x_batch, c0, op.x_plane);
     const int rows = across(ACROSS), columns = ACROSS - rows * across.by;
     int row = across(first), column = first - row * across.by;
-    bool once = true;
 #pragma unroll 1
-    while (once || row < at.rows) {
+    while (row < at.rows) {
         Two<STEP> two[AT_ONCE];
         int to[AT_ONCE];
 #pragma unroll
@@ -217,8 +217,6 @@ __device__ __forceinline__ void stage_region(const Branches& op, const Region<C>
             row += rows, column += columns;
             if (column >= across.by) column -= across.by, ++row;
         }
-        if (once) begun();
-        once = false;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
             unsigned pairs[8];
@@ -340,15 +338,15 @@ __device__ __forceinline__ void make_branch(const Branches& op, int branch, int 
         static_cast<int>(reinterpret_cast<size_t>(op.x) / 2 | op.in_w | op.x_batch | op.x_plane) % 4;
     Expansion<C> expand;
     const Parameters<C> own(op, branch, expand);
-    const auto begun = [&] { own.store(params); };
     if (previous) wait_for_previous();
     if (at.step == 1 && off % 2 == 0) {
-        stage_region<C, 1>(op, at, pixels, begun);
+        stage_region<C, 1>(op, at, pixels);
     } else if (at.step == 2 && off == 0) {
-        stage_region<C, 2>(op, at, pixels, begun);
+        stage_region<C, 2>(op, at, pixels);
     } else {
-        stage_region<C, 0>(op, at, pixels, begun);
+        stage_region<C, 0>(op, at, pixels);
     }
+    own.store(params);
     __syncthreads();
     expand_region<C>(at, expand, params.expand_bias, pixels);
     __syncthreads();
@@ -439,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(256, NARROW_BLOCKS)
     strided_block<32>(op, y, tile_w, y_batch, y_plane);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 2)
+extern "C" __global__ void __launch_bounds__(256, WIDE_BLOCKS)
     strided_block_f16_c64(const __half* x, const __half* half_params, const float* params,
                           __half* y, int fine, int d0, int d1, int d2, int d3, int fine_w,
                           int coarse_w, int fine_b, int coarse_b, int w0, int w1, int w2, int w3,
