@@ -55,7 +55,8 @@ __device__ __forceinline__ void walk_rows(const Walk<T>& op, const T* in, T* out
 #pragma unroll
     for (int t = 0; t < 9; ++t) k[t] = params[t];
     const float bias = params[9];
-    const int step = d * op.pitch, out_step = d * op.w;
+    const int step = d * op.pitch, out_step = d * op.w, last_inside = op.to - d;
+    const unsigned tile_rows = op.tile_end - op.tile;
 #pragma unroll 1
     for (int line = op.sharer; line < d * pieces; line += op.sharers) {
         const int first = first_row + line % d + line / d * length * d;
@@ -68,7 +69,7 @@ __device__ __forceinline__ void walk_rows(const Walk<T>& op, const T* in, T* out
 #pragma unroll 3
         for (int y = first; y < end; y += d) {
             const T* next = at + step;
-            const Row below = taps_at<D>(y + d < op.to ? next : op.zeros, d);
+            const Row below = taps_at<D>(y < last_inside ? next : op.zeros, d);
             float a = bias, b = bias;
             a += k[0] * above.left.a, b += k[0] * above.left.b;
             a += k[1] * above.middle.a, b += k[1] * above.middle.b;
@@ -82,7 +83,7 @@ __device__ __forceinline__ void walk_rows(const Walk<T>& op, const T* in, T* out
             const Pair v = {relu(a), relu(b)};
             if (CARRIES) {
                 // Only rows that others read are beside the tile; the last branch has none.
-                if (y >= op.tile && y < op.tile_end) store_pair(to, v);
+                if (static_cast<unsigned>(y - op.tile) < tile_rows) store_pair(to, v);
                 T* carried = const_cast<T*>(at) + op.region;
                 const Pair before = load_pair(carried);
                 store_pair(carried, Pair{before.a + v.a, before.b + v.b});
@@ -109,16 +110,9 @@ __device__ __forceinline__ void walk_branch(const Walk<T>& op, const T* in, T* o
     }
 }
 
-// The next row of a thread's, in memory and in shared memory.
-struct Cursor {
-    int row, branch;
-    size_t from;
-    int to;
-};
-
 template <typename T>
 __device__ __forceinline__ void cascade_ahead(const Cascade<T>& op) {
-    constexpr int WIDE = 16 / sizeof(T), AT_ONCE = 8;
+    constexpr int WIDE = 16 / sizeof(T);
     DYNAMIC_SHARED(T, zeros);
     __shared__ float params[4][10];
     const int chain = blockIdx.y, chains = gridDim.y, image = blockIdx.z;
@@ -173,38 +167,22 @@ __device__ __forceinline__ void cascade_ahead(const Cascade<T>& op) {
     walk.from = from, walk.to = to, walk.tile = tile, walk.tile_end = tile_end;
     walk.w = op.w;
 
-    const size_t branch_step = static_cast<size_t>(chains) * op.x_plane;
-    Cursor next;
-    next.row = warp / parts * together + lane / (32 / together), next.branch = 0;
-    next.from = static_cast<size_t>(from + next.row) * op.w + column * WIDE;
-    next.to = next.row * pitch + side + column * WIDE;
+    const int row0 = warp / parts * together + lane / (32 / together);
+    T* to_row = planes + row0 * pitch + side + column * WIDE;
     wait_for_previous();
-    const T* x = op.x + plane_at(image, op.x_batch, chain, op.x_plane);
+    const T* x = op.x + plane_at(image, op.x_batch, chain, op.x_plane) +
+                 static_cast<size_t>(from + row0) * op.w + column * WIDE;
 #pragma unroll 1
-    while (inside && next.branch < op.branches) {
-        uint4 values[AT_ONCE];
-        int places[AT_ONCE];
-        int count = 0;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            while (next.row >= rows) {
-                next.row -= rows, ++next.branch;
-                next.from += branch_step - static_cast<size_t>(rows) * op.w;
-                next.to += op.region - rows * pitch;
-            }
-            places[i] = next.to;
-            if (next.branch < op.branches) {
-                values[i] = *reinterpret_cast<const uint4*>(x + next.from);
-                count = i + 1;
-            }
-            next.row += stride;
-            next.from += static_cast<size_t>(stride) * op.w, next.to += stride * pitch;
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-            if (i < count) *reinterpret_cast<uint4*>(planes + places[i]) = values[i];
+    for (int branch = 0; inside && branch < op.branches; ++branch) {
+        const T* source = x + static_cast<size_t>(branch) * chains * op.x_plane;
+        T* target = to_row + branch * op.region;
+#pragma unroll 4
+        for (int row = row0; row < rows; row += stride) {
+            copy_ahead<16>(target, source);
+            source += static_cast<size_t>(stride) * op.w, target += stride * pitch;
         }
     }
+    copies_done();
     __syncthreads();
 
 #pragma unroll 1

@@ -85,31 +85,4 @@ __device__ __forceinline__ void store_four(__half* to, float4 v) {
     *reinterpret_cast<uint2*>(to) = uint2{pack_halves(v.x, v.y), pack_halves(v.z, v.w)};
 }
 
-// Copies `bytes` (4 or 16) into shared memory while the thread goes on; they are there for the block
-// behind copies_done() and a barrier. Past the first level of caches for 16 bytes.
-template <int BYTES>
-__device__ __forceinline__ void copy_ahead(void* to, const void* from) {
-    static_assert(BYTES == 4 || BYTES == 16, "sizes that kernels ask for");
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    if (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
-    }
-#else
-    if (BYTES == 16) {
-        *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-    } else {
-        *static_cast<unsigned*>(to) = *static_cast<const unsigned*>(from);
-    }
-#endif
-}
-
-__device__ __forceinline__ void copies_done() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 }  // namespace

@@ -14,7 +14,7 @@ use super::cards::Card;
 use super::cost::{self, CommandCost, Prediction};
 use super::device::{Buffer, Element};
 use super::lower::{self, Memory, Target};
-use super::variants::{Expanded, Variants};
+use super::variants::{Expanded, Pairs, Products, Variants};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::graph::passes::Rewrites;
@@ -255,12 +255,21 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
 pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 
 /// Choices that the cost model leaves to a measurement. It counts bytes and operations, and knows nothing of
-/// waiting: what loads in every row and branch waits for each, and on an H100 the cascades that do took
-/// longer than the one that fetches ahead, whatever the bytes (benches/results). What it would
-/// decide a persistent stage by, the price of a barrier across the grid, is an assumption, and blocks that
-/// wait for each other hang where the driver does not keep all of them resident.
-pub const MEASURED: [(&str, &str); 3] =
-    [("stage3", "persistent"), ("cascade", "stored"), ("cascade", "wide")];
+/// waiting: on an H100 the cascades that load in every row and branch took longer than the one that fetches
+/// ahead, smaller tiles longer than larger ones, and strided blocks with their projection in one launch longer
+/// than in two, whatever the bytes (benches/results/tune-2026-11-26-*.json). What it would decide a persistent stage by, the price
+/// of a barrier across the grid, is an assumption, and blocks that wait for each other hang where the driver
+/// does not keep all of them resident.
+pub const MEASURED: [(&str, &str); 8] = [
+    ("stage3", "persistent"),
+    ("strided", "paired"),
+    ("cascade", "stored"),
+    ("cascade", "wide"),
+    ("cascade_kb", "24"),
+    ("cascade_kb", "48"),
+    ("cascade_kb", "64"),
+    ("cascade_kb", "96"),
+];
 
 /// Whether a choice is one that only a measurement makes.
 fn measured_only(variants: Variants) -> bool {
@@ -289,11 +298,16 @@ pub fn rewritten(plan: &Plan) -> bool {
     plan.steps.iter().any(|step| step.op.inference_only())
 }
 
-/// The default choice for a plan; one with scales was made for 8 bits.
+/// The default choice for a plan; one with scales was made for 8 bits. Products in f32 start as a BLAS's: where
+/// they are not this program's, neither are pairs, so that no single step leads from one to the other.
 fn start(plan: &Plan, element: Element) -> Variants {
     let bytes = element == Element::F16 && plan.steps.iter().any(|s| s.byte_scale.is_some());
     let expanded = if bytes { Expanded::Bytes } else { Expanded::Stored };
-    Variants { rewrites: rewritten(plan), expanded, ..Variants::default() }
+    let (products, pairs) = match element {
+        Element::F32 => (Products::Blas, Pairs::Separate),
+        Element::F16 => (Products::Fused, Pairs::Fused),
+    };
+    Variants { products, pairs, rewrites: rewritten(plan), expanded, ..Variants::default() }
 }
 
 /// The choice with one value changed.
@@ -393,7 +407,8 @@ pub fn by_model_persistent(
     element: Element,
     card: &Card,
 ) -> Result<Option<(Choice, Vec<CommandCost>, Prediction)>> {
-    let start = changed(start(plan, element), "stage3", "persistent")?;
+    let fused = Variants { pairs: Pairs::Fused, ..start(plan, element) };
+    let start = changed(fused, "stage3", "persistent")?;
     let together = |costs: &[CommandCost]| costs.iter().any(|cost| cost.behind_barrier);
     if !together(&work(plan, element, card.shared_per_block, start)?) {
         return Ok(None);

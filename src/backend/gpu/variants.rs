@@ -148,7 +148,7 @@ impl Default for Variants {
             rewrites: true,
             decoder: Decoder::Fused,
             stem: Stem::Fused,
-            strided: Strided::Paired,
+            strided: Strided::Fused,
             stage3: Stage3::Separate,
             dependent_launch: true,
         }
