@@ -60,8 +60,8 @@ template <typename T>
 __device__ __forceinline__ float sample_transposed(const T* RESTRICT dy,
                                                    const T* RESTRICT gate, int qy, int qx,
                                                    int in_h, int in_w, int out_h, int out_w) {
-    // Rows whose weights are at hand at once: all of them where the plane is at most doubled.
-    constexpr int AT_ONCE = 6;
+    // Rows whose weights are at hand at once: of those that read a row of a doubled plane, half.
+    constexpr int AT_ONCE = 3;
     int y0, y1, x0, x1;
     readers(qy, in_h, out_h, &y0, &y1);
     readers(qx, in_w, out_w, &x0, &x1);

@@ -51,7 +51,7 @@ __device__ __forceinline__ void stage_x(const Op& op, const __half* x, int rows,
 template <int P, int PITCH, int AT_ONCE, int THREADS, typename Op>
 __device__ __forceinline__ void stage_x(const Op& op, const Byte* x, int rows, int first, bool all,
                                         __half* to) {
-    stage_bytes<P, PITCH, AT_ONCE / 2, THREADS>(x, op.x_scales, op.xs.plane, rows, first, op.pixels,
+    stage_bytes<P, PITCH, (AT_ONCE + 1) / 2, THREADS>(x, op.x_scales, op.xs.plane, rows, first, op.pixels,
                                                all, to);
 }
 
@@ -84,13 +84,14 @@ struct PairLayout {
 
 // The weights of both products into shared memory; nothing of this waits for another kernel. The
 // tiles need a barrier behind it, which they have.
-template <int C, int P, int THREADS = TILE_THREADS>
+// MOST: vectors of a thread under way at a time.
+template <int C, int P, int THREADS = TILE_THREADS, int MOST = 8>
 __device__ __forceinline__ void stage_pair_weights(const __half* w1, const __half* w2,
                                                    __half* shared) {
     using L = PairLayout<C, P, true>;
-    stage_matrix<C, L::E, L::PITCH1, THREADS>(w1, shared + L::W1);
+    stage_matrix<C, L::E, L::PITCH1, THREADS, MOST>(w1, shared + L::W1);
     if (w2 == nullptr) return;
-    stage_matrix<L::E, C, L::PITCH2, THREADS>(w2, shared + L::W2);
+    stage_matrix<L::E, C, L::PITCH2, THREADS, MOST>(w2, shared + L::W2);
 }
 
 // Where the pixels of a tile are in a plane, eight at a time, and how many of them are inside.
@@ -223,7 +224,8 @@ __device__ __forceinline__ void pair_products(const ProjectExpand<__half, X, Z>&
 }
 
 // Pixels `tile * P` and following of an image. Between two tiles of a block is a barrier.
-template <int C, int P, bool STAGED, int THREADS = TILE_THREADS, typename X, typename Z>
+template <int C, int P, bool STAGED, int THREADS = TILE_THREADS, int MOST = 8, typename X,
+          typename Z>
 __device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op, int tile,
                                           int image, __half* shared) {
     using L = PairLayout<C, P, STAGED>;
@@ -237,7 +239,7 @@ __device__ __forceinline__ void pair_tile(const ProjectExpand<__half, X, Z>& op,
                         (Z_BYTES || z_whole);
     const X* x = op.x + plane_at(image, op.xs.batch, 0, 0);
     constexpr int EACH = L::E * P / 8 / THREADS;
-    stage_x<P, L::PITCH, (EACH < 8 ? EACH : 8), THREADS>(op, x, L::E, first, X_BYTES ? x_whole : inside, shared);
+    stage_x<P, L::PITCH, (EACH < MOST ? EACH : MOST), THREADS>(op, x, L::E, first, X_BYTES ? x_whole : inside, shared);
     __syncthreads();
     pair_products<C, P, STAGED, THREADS>(op, Line{first, pixels}, inside,
                                          Z_BYTES ? z_whole : inside, image, shared);

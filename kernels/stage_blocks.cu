@@ -12,7 +12,8 @@
 // one atomic add per block, then reads of one word until it turns.
 // Shared memory: the most of any phase. f16, C = 64: projection and expansion 45 KB, with staged weights
 // 114 KB; cascade 32 KB for planes of 128 x 64. f32: 29 KB; 64 KB.
-// Registers: launch bounds allow 128, one block per multiprocessor.
+// Registers: launch bounds allow 128, one block per multiprocessor; more than one load of a thread under way
+// would spill.
 // Launch: cooperative, 512 threads, grid (pieces of the largest phase, at most what is resident):
 // launch::stage_blocks().
 #include "cascade_walk.cuh"
@@ -41,16 +42,16 @@ struct StageBlocks {
 template <int C>
 __device__ __noinline__ void stage_weights(const ProjectExpand<__half>& op) {
     DYNAMIC_SHARED(__half, shared);
-    stage_pair_weights<C, 64, STAGE_THREADS>(op.w1, op.w2, shared);
+    stage_pair_weights<C, 64, STAGE_THREADS, 1>(op.w1, op.w2, shared);
 }
 
 template <int C>
 __device__ __forceinline__ void project_expand(const ProjectExpand<__half>& op, int staged,
                                                int tile, int image, __half* shared) {
     if (staged) {
-        pair_tile<C, 64, true, STAGE_THREADS>(op, tile, image, shared);
+        pair_tile<C, 64, true, STAGE_THREADS, 1>(op, tile, image, shared);
     } else {
-        pair_tile<C, 64, false, STAGE_THREADS>(op, tile, image, shared);
+        pair_tile<C, 64, false, STAGE_THREADS, 1>(op, tile, image, shared);
     }
 }
 

@@ -120,10 +120,10 @@ __device__ __forceinline__ void move_vectors(int count, const Load& load, const 
 }
 
 // A row-major matrix of halves into shared memory, rows of `pitch`; all threads of the block.
-template <int ROWS, int COLUMNS, int PITCH, int THREADS = TILE_THREADS>
+template <int ROWS, int COLUMNS, int PITCH, int THREADS = TILE_THREADS, int MOST = 8>
 __device__ __forceinline__ void stage_matrix(const __half* RESTRICT from, __half* to) {
     constexpr int EIGHTS = COLUMNS / 8, EACH = (ROWS * EIGHTS + THREADS - 1) / THREADS;
-    move_vectors<(EACH < 8 ? EACH : 8), THREADS>(
+    move_vectors<(EACH < MOST ? EACH : MOST), THREADS>(
         ROWS * EIGHTS,
         [from](int i) {
             return *reinterpret_cast<const uint4*>(from + i / EIGHTS * COLUMNS + i % EIGHTS * 8);

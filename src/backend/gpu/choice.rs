@@ -257,7 +257,7 @@ pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 /// Choices that the cost model leaves to a measurement. It counts bytes and operations, and knows nothing of
 /// waiting: on an H100 the cascades that load in every row and branch took longer than the one that fetches
 /// ahead, smaller tiles longer than larger ones, and strided blocks with their projection in one launch longer
-/// than in two, whatever the bytes (benches/results/tune-2026-11-26-*.json). What it would decide a persistent stage by, the price
+/// than in two, whatever the bytes (benches/results/tune-2026-11-26-h100*.json). What it would decide a persistent stage by, the price
 /// of a barrier across the grid, is an assumption, and blocks that wait for each other hang where the driver
 /// does not keep all of them resident.
 pub const MEASURED: [(&str, &str); 8] = [
@@ -303,9 +303,11 @@ pub fn rewritten(plan: &Plan) -> bool {
 fn start(plan: &Plan, element: Element) -> Variants {
     let bytes = element == Element::F16 && plan.steps.iter().any(|s| s.byte_scale.is_some());
     let expanded = if bytes { Expanded::Bytes } else { Expanded::Stored };
+    // In training this program's products are the gradients of weights, where it is the faster one.
+    let training = plan.mode == crate::graph::Mode::Training;
     let (products, pairs) = match element {
-        Element::F32 => (Products::Blas, Pairs::Separate),
-        Element::F16 => (Products::Fused, Pairs::Fused),
+        Element::F32 if !training => (Products::Blas, Pairs::Separate),
+        _ => (Products::Fused, Pairs::Fused),
     };
     Variants { products, pairs, rewrites: rewritten(plan), expanded, ..Variants::default() }
 }

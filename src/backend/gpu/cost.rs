@@ -26,7 +26,7 @@ pub mod efficiency {
     /// Of the f32 units, in stencils.
     pub const FP32: f64 = 0.50;
     /// Of the f32 units, in a BLAS's matrix products of this network's sizes: what cuBLAS reached on an H100
-    /// (0.29 ms for the 3.2 GMAC of 1024 x 512, benches/results/profile-2026-11-26-*.md).
+    /// (0.29 ms for the 3.2 GMAC of 1024 x 512, benches/results/profile-2026-11-26-h100-f32.txt).
     pub const FP32_GEMM: f64 = 0.35;
     /// Of the f32 units, in this program's own products: there, too, from the difference of two choices.
     pub const FP32_TILE: f64 = 0.16;
