@@ -254,12 +254,13 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
 /// and so is what changes labels.
 pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 
-/// Choices that the cost model leaves to a measurement. It counts bytes and operations, and knows nothing of
-/// waiting: on an H100 the cascades that load in every row and branch took longer than the one that fetches
-/// ahead, smaller tiles longer than larger ones, and strided blocks with their projection in one launch longer
-/// than in two, whatever the bytes (benches/results/tune-2026-11-26-h100*.json). What it would decide a persistent stage by, the price
-/// of a barrier across the grid, is an assumption, and blocks that wait for each other hang where the driver
-/// does not keep all of them resident.
+/// Choices that the cost model leaves to a measurement. It counts bytes and operations, and knows
+/// nothing of waiting: on an H100 the cascades that load in every row and branch took longer than the
+/// one that fetches ahead, smaller tiles longer than larger ones, and strided blocks with their
+/// projection in one launch longer than in two, whatever the bytes
+/// (benches/results/tune-2026-11-26-h100*.json). What it would decide a persistent stage by, the price
+/// of a barrier across the grid, is an assumption, and blocks that wait for each other hang where the
+/// driver does not keep all of them resident.
 pub const MEASURED: [(&str, &str); 8] = [
     ("stage3", "persistent"),
     ("strided", "paired"),
