@@ -15,8 +15,9 @@ const MAX_FILE: u64 = 1 << 33;
 const NPY: &str = "a NumPy .npy file";
 /// Longest header that is parsed; NumPy's own limit is 10000 too.
 const MAX_HEADER: usize = 10_000;
-/// Deepest nesting of brackets that the (recursive) header parser is given; NumPy writes 3.
-const MAX_BRACKETS: usize = 32;
+/// Deepest nesting of brackets that the header's parser is given: it tries each level up to three
+/// times. NumPy writes 2, and 6 for records in records.
+const MAX_NESTING: usize = 6;
 /// Digits of all dimensions together: a product of numbers with 19 digits in all fits into u64.
 const MAX_SHAPE_DIGITS: usize = 19;
 
@@ -191,11 +192,13 @@ fn split(bytes: &[u8]) -> Result<(&[u8], &[u8]), &'static str> {
     bytes[start..].split_at_checked(length).ok_or(cut)
 }
 
-/// Refuses headers that the crate's parser does not survive: it recurses into brackets, and
-/// multiplies dimensions without a check.
+/// Refuses headers that the crate's parser does not survive: its time is exponential in the
+/// nesting of brackets, and it multiplies dimensions without a check.
 fn guard(header: &[u8]) -> Result<(), &'static str> {
-    if header.iter().filter(|b| b"([{".contains(b)).count() > MAX_BRACKETS {
-        return Err("a header of deeply nested brackets");
+    if nesting(header).is_none_or(|depth| depth > MAX_NESTING) {
+        return Err(
+            "a header of deeply nested brackets or with escapes, which NumPy does not write",
+        );
     }
     let after = header.windows(5).position(|w| w == b"shape").map_or(&[][..], |i| &header[i..]);
     let shape = after.split(|&b| b == b')').next().unwrap_or_default();
@@ -203,6 +206,29 @@ fn guard(header: &[u8]) -> Result<(), &'static str> {
         return Err("an absurd shape");
     }
     Ok(())
+}
+
+/// How deep brackets stand in each other outside of quotes; none where a backslash or a second
+/// dictionary makes that hard to tell.
+fn nesting(header: &[u8]) -> Option<usize> {
+    let (mut depth, mut deepest, mut braces) = (0usize, 0, 0);
+    let mut quote = None;
+    for &byte in header {
+        match (quote, byte) {
+            (_, b'\\') => return None,
+            (Some(open), _) if byte == open => quote = None,
+            (Some(_), _) => {}
+            (None, b'\'' | b'"') => quote = Some(byte),
+            (None, b'(' | b'[' | b'{') => {
+                depth += 1;
+                deepest = deepest.max(depth);
+                braces += usize::from(byte == b'{');
+            }
+            (None, b')' | b']' | b'}') => depth = depth.saturating_sub(1),
+            (None, _) => {}
+        }
+    }
+    (braces < 2).then_some(deepest)
 }
 
 /// Values of a Fortran-ordered array (first index fastest) in C order (last index fastest).
@@ -286,8 +312,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let two = floats(&[1.0, 2.0]);
         let good = npy(&header("<f4", "False", "(2,)"), &two);
-        let nested = format!("{{'shape': {}{}}}", "(".repeat(3000), ")".repeat(3000));
-        let cases: [(&str, Vec<u8>); 13] = [
+        let nested = |open: &str, n| format!("{{'shape': {}{}}}", open.repeat(n), ")".repeat(n));
+        let records =
+            "{'descr': [('a', [('b', '<f4', (2,))])], 'fortran_order': False, 'shape': (2,)}";
+        let cases: [(&str, Vec<u8>); 18] = [
             ("empty", vec![]),
             ("signature", b"PNG and so on, long enough".to_vec()),
             ("cut off", good[..40].to_vec()),
@@ -299,7 +327,13 @@ mod tests {
             ("dtype '|u1'", npy(&header("|u1", "False", "(2,)"), &[0; 2])),
             ("absurd shape", npy(&header("<f4", "False", "(99999999999, 9999999999)"), &two)),
             ("8 bytes", npy(&header("<f4", "False", "(99999999, 999999999)"), &two)),
-            ("brackets", npy(&nested, &[])),
+            ("brackets", npy(&nested("(", 3000), &[])),
+            // What the parser would take years for: it tries each level twice or three times.
+            ("brackets", npy(&nested("[", 31), &[])),
+            ("brackets", npy(&nested("{", 20), &[])),
+            ("brackets", npy(&nested("')', (1, ", 31), &[])),
+            ("brackets", npy(r"{'\'': ')))))))))', 'shape': ((((((((((((((((((((((((1,))}", &[])),
+            ("dtype [('a', [('b'", npy(records, &[])),
             ("missing key", npy("{'shape': (2,)}", &two)),
         ];
         for (expected, bytes) in cases {
