@@ -14,11 +14,9 @@
 // Shared: (branches * rows + 1) * (w + 2 * largest dilation) elements: 70 KB for four branches of half a
 // plane of 128 x 64 halves, with 14 rows around it at one side.
 // Launch: 512 threads, grid (tiles, chains, N): launch::cascade_ahead().
-#include "cascade_walk.cuh"
+#include "cascade_ahead.cuh"
 
 namespace {
-
-constexpr int AHEAD_THREADS = 512, AHEAD_WARPS = AHEAD_THREADS / 32;
 
 // A block's rows of the planes, and what of them a warp takes: 64 columns, shared with `sharers` warps,
 // of which it is number `sharer`.
@@ -70,17 +68,7 @@ __device__ __forceinline__ void walk_rows(const Walk<T>& op, const T* in, T* out
         for (int y = first; y < end; y += d) {
             const T* next = at + step;
             const Row below = taps_at<D>(y < last_inside ? next : op.zeros, d);
-            float a = bias, b = bias;
-            a += k[0] * above.left.a, b += k[0] * above.left.b;
-            a += k[1] * above.middle.a, b += k[1] * above.middle.b;
-            a += k[2] * above.right.a, b += k[2] * above.right.b;
-            a += k[3] * here.left.a, b += k[3] * here.left.b;
-            a += k[4] * here.middle.a, b += k[4] * here.middle.b;
-            a += k[5] * here.right.a, b += k[5] * here.right.b;
-            a += k[6] * below.left.a, b += k[6] * below.left.b;
-            a += k[7] * below.middle.a, b += k[7] * below.middle.b;
-            a += k[8] * below.right.a, b += k[8] * below.right.b;
-            const Pair v = {relu(a), relu(b)};
+            const Pair v = nine_taps(above, here, below, k, bias);
             if (CARRIES) {
                 // Only rows that others read are beside the tile; the last branch has none.
                 if (static_cast<unsigned>(y - op.tile) < tile_rows) store_pair(to, v);
@@ -112,23 +100,12 @@ __device__ __forceinline__ void walk_branch(const Walk<T>& op, const T* in, T* o
 
 template <typename T>
 __device__ __forceinline__ void cascade_ahead(const Cascade<T>& op) {
-    constexpr int WIDE = 16 / sizeof(T);
     DYNAMIC_SHARED(T, zeros);
     __shared__ float params[4][10];
     const int chain = blockIdx.y, chains = gridDim.y, image = blockIdx.z;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int halo = 0, largest = 0, reach = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (i >= op.branches) break;
-        largest = max(largest, op.dilations.v[i]);
-        halo += op.dilations.v[i];
-        if (i > 0) reach += op.dilations.v[i];
-    }
-    if (!op.addition) halo = largest, reach = 0;
-    const int side = (largest + WIDE - 1) / WIDE * WIDE, pitch = op.w + 2 * side;
-    const int tile = blockIdx.x * op.tile_h, tile_end = min(tile + op.tile_h, op.h);
-    const int from = max(tile - halo, 0), to = min(tile_end + halo, op.h), rows = to - from;
+    const Rows rows(op);
+    T* planes = zeros + rows.pitch;
 
     // Up to here and to the wait nothing is another kernel's: parameters, zeros, who takes what.
     start_next();
@@ -137,59 +114,29 @@ __device__ __forceinline__ void cascade_ahead(const Cascade<T>& op) {
         const int at = t < 9 ? op.weights.at(branch) + 9 * chain + t : op.biases.at(branch) + chain;
         params[branch][t] = op.params[at];
     }
-    const uint4 none = {0, 0, 0, 0};
-    for (int i = threadIdx.x; i < pitch / WIDE; i += AHEAD_THREADS) {
-        *reinterpret_cast<uint4*>(zeros + i * WIDE) = none;
-    }
-    // Rows follow each other through all branches.
-    T* planes = zeros + pitch;
-    for (int row = threadIdx.x; row < op.branches * op.region / pitch; row += AHEAD_THREADS) {
-        for (int i = 0; i < side; i += WIDE) {
-            *reinterpret_cast<uint4*>(planes + row * pitch + i) = none;
-            *reinterpret_cast<uint4*>(planes + row * pitch + side + op.w + i) = none;
-        }
-    }
-    // Loads: a warp has a part of up to 32 vectors of a row, or several short rows.
-    const int across = op.w / WIDE, parts = (across + 31) / 32;
-    const int together = across < 32 ? 32 / across : 1, apart = max(AHEAD_WARPS / parts, 1);
-    const int stride = apart * together, column = warp % parts * 32 + lane % (32 / together);
-    const bool loads = warp < apart * parts && lane / (32 / together) < together;
-    const bool inside = loads && column < across;
+    clear_around(op, rows, zeros);
     // Groups of 64 columns for the walk: a power of two of warps each.
     const int groups = (op.w + 63) / 64;
     Walk<T> walk;
     walk.sharers = 1;
     while (2 * walk.sharers * groups <= AHEAD_WARPS) walk.sharers *= 2;
     walk.sharer = warp % walk.sharers;
-    walk.zeros = zeros + side;
-    walk.planes = planes + side;
-    walk.region = op.region, walk.pitch = pitch;
-    walk.from = from, walk.to = to, walk.tile = tile, walk.tile_end = tile_end;
+    walk.zeros = zeros + rows.side;
+    walk.planes = planes + rows.side;
+    walk.region = op.region, walk.pitch = rows.pitch;
+    walk.from = rows.from, walk.to = rows.to, walk.tile = rows.tile, walk.tile_end = rows.tile_end;
     walk.w = op.w;
 
-    const int row0 = warp / parts * together + lane / (32 / together);
-    T* to_row = planes + row0 * pitch + side + column * WIDE;
-    wait_for_previous();
-    const T* x = op.x + plane_at(image, op.x_batch, chain, op.x_plane) +
-                 static_cast<size_t>(from + row0) * op.w + column * WIDE;
-#pragma unroll 1
-    for (int branch = 0; inside && branch < op.branches; ++branch) {
-        const T* source = x + static_cast<size_t>(branch) * chains * op.x_plane;
-        T* target = to_row + branch * op.region;
-#pragma unroll 4
-        for (int row = row0; row < rows; row += stride) {
-            copy_ahead<16>(target, source);
-            source += static_cast<size_t>(stride) * op.w, target += stride * pitch;
-        }
-    }
+    fetch_ahead(op, rows, planes);
     copies_done();
     __syncthreads();
 
+    int reach = rows.reach;
 #pragma unroll 1
     for (int branch = 0; branch < op.branches; ++branch) {
         const int d = op.dilations.at(branch);
         const bool carries = op.addition && branch + 1 < op.branches;
-        const int first_row = max(tile - reach, 0), end_row = min(tile_end + reach, op.h);
+        const int first_row = max(rows.tile - reach, 0), end_row = min(rows.tile_end + reach, op.h);
         T* y = op.y + plane_at(image, op.y_batch, branch * chains + chain, op.y_plane);
 #pragma unroll 1
         for (int group = warp / walk.sharers; group < groups; group += AHEAD_WARPS / walk.sharers) {

@@ -93,6 +93,22 @@ __device__ __forceinline__ Row read_row(const T* line, bool inside, int column, 
     return {before, middle, after};
 }
 
+// Two outputs from three rows of taps: an order of additions that all kernels of the cascade share.
+__device__ __forceinline__ Pair nine_taps(const Row& above, const Row& here, const Row& below,
+                                          const float (&k)[9], float bias) {
+    float a = bias, b = bias;
+    a += k[0] * above.left.a, b += k[0] * above.left.b;
+    a += k[1] * above.middle.a, b += k[1] * above.middle.b;
+    a += k[2] * above.right.a, b += k[2] * above.right.b;
+    a += k[3] * here.left.a, b += k[3] * here.left.b;
+    a += k[4] * here.middle.a, b += k[4] * here.middle.b;
+    a += k[5] * here.right.a, b += k[5] * here.right.b;
+    a += k[6] * below.left.a, b += k[6] * below.left.b;
+    a += k[7] * below.middle.a, b += k[7] * below.middle.b;
+    a += k[8] * below.right.a, b += k[8] * below.right.b;
+    return {relu(a), relu(b)};
+}
+
 // Outputs of one branch, and what becomes of them. M is what planes in memory hold.
 template <typename T, typename M>
 struct Branch {
@@ -136,17 +152,7 @@ __device__ __forceinline__ void walk(const T* s, const Region& in, const Branch<
                 }
                 line += d * in.pitch;
                 const Row below = read_row<NEXT>(line, y + d < in.y1, column, in.pitch, d);
-                float a = bias, b = bias;
-                a += k[0] * above.left.a, b += k[0] * above.left.b;
-                a += k[1] * above.middle.a, b += k[1] * above.middle.b;
-                a += k[2] * above.right.a, b += k[2] * above.right.b;
-                a += k[3] * here.left.a, b += k[3] * here.left.b;
-                a += k[4] * here.middle.a, b += k[4] * here.middle.b;
-                a += k[5] * here.right.a, b += k[5] * here.right.b;
-                a += k[6] * below.left.a, b += k[6] * below.left.b;
-                a += k[7] * below.middle.a, b += k[7] * below.middle.b;
-                a += k[8] * below.right.a, b += k[8] * below.right.b;
-                const Pair v = {relu(a), relu(b)};
+                const Pair v = nine_taps(above, here, below, k, bias);
                 if (written && y >= op.ty0 && y < op.ty1) {
                     if (PAIRED) {
                         write_pair(op.out + p, v, op.out_inverse);

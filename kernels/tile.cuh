@@ -37,6 +37,28 @@ __device__ __forceinline__ unsigned pack_halves(float low, float high) {
            static_cast<unsigned>(__half_as_ushort(__float2half(high))) << 16;
 }
 
+// pack_halves() of what relu() makes of both.
+__device__ __forceinline__ unsigned relu_halves(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    unsigned pair;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return pack_halves(relu(low), relu(high));
+#endif
+}
+
+// Four halves to memory at once; nvcc makes two stores of a plain assignment.
+__device__ __forceinline__ void store_two(__half* to, uint2 pairs) {
+#ifdef __CUDA_ARCH__
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(pairs.x), "r"(pairs.y)
+                 : "memory");
+#else
+    *reinterpret_cast<uint2*>(to) = pairs;
+#endif
+}
+
 __device__ __forceinline__ float low_half(unsigned pair) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(pair & 0xffffu)));
 }

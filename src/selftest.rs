@@ -161,7 +161,14 @@ fn cases() -> Vec<Case> {
             64,
             33,
         ),
-        case("19 classes, 96x80", ModelConfig { p: 1, q: 1, ..ModelConfig::default() }, 1, 80, 96),
+        // Planes of stage 2 in rows of 32, which every kernel of the cascade takes.
+        case(
+            "19 classes, 128x80",
+            ModelConfig { p: 2, q: 1, ..ModelConfig::default() },
+            1,
+            80,
+            128,
+        ),
     ]
 }
 
@@ -191,7 +198,12 @@ impl Side {
         case: &Case,
         mode: Mode,
     ) -> Result<Side> {
-        let plan = Plan::new(graph, (case.n, case.h, case.w), mode, backend.layout())?;
+        let mut plan = Plan::new(graph, (case.n, case.h, case.w), mode, backend.layout())?;
+        if mode == Mode::Logits {
+            // Steps are compared one by one: what is made over its own input has to be there, too.
+            let in_place = plan.steps.iter().filter(|step| step.inputs[0] == step.output);
+            plan.named.extend(in_place.map(|step| (step.name.clone(), step.output)));
+        }
         backend.prepare(&plan)?;
         backend.write_state(State::Params, &params.values)?;
         Ok(Side { backend, plan })

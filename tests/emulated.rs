@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 use fpenet::backend::cpu::CpuBackend;
 use fpenet::backend::gpu::emulated::{Emulated, Order};
 use fpenet::backend::gpu::launch::CascadeShape;
+use fpenet::backend::gpu::variants::CascadePlanes;
 use fpenet::backend::gpu::{Arg, Buffer, Element, GpuDevice, Launch, Variants};
 use fpenet::backend::{Backend, Precision};
 use fpenet::graph::{Mode, ParamRole, Plan, Shape, Tensor};
@@ -271,6 +272,36 @@ fn cascades_fetched_ahead_agree_with_the_cpu() {
         shape.ahead_tiling(Element::F16, planes, 227 << 10).unwrap().tile_h
     };
     assert_eq!([ahead(64), ahead(96)], [32, 64]);
+}
+
+#[test]
+fn cascades_on_tensor_cores_agree_with_the_cpu() {
+    // Rows of whole 16 columns; less than, and more than, what the warps make at once, with a rest.
+    let variants = Variants { cascade: CascadePlanes::Mma, ..Variants::default() };
+    for dilations in [&[1][..], &[2, 4], &[1, 2, 4, 8], &[6, 1, 8, 2]] {
+        for (size, addition) in [((2, 33, 80), true), ((1, 9, 16), true), ((1, 70, 144), false)] {
+            for shared in [SHARED, 56 * 1024] {
+                let (op, params) = cascade(dilations, 1, addition, true);
+                let case = Case::inference(op, &[shape(size, 2 * dilations.len())], params);
+                check_half_variants(&case, shared, variants);
+                let case = Case { in_place: true, ..case };
+                check_half_variants(&case, shared, variants);
+            }
+        }
+    }
+    // The planes of a network of 1024 x 512, and those that are left to other kernels.
+    let across = |element, dilations: &[usize], (h, w)| {
+        let (input, output) = ((h, w), (h, w));
+        let shape = CascadeShape { dilations, addition: true, stride: 1, input, output };
+        let (tiling, across) = shape.mma_tiling(element, 32, 227 << 10)?;
+        Some((tiling.tile_h, across.map(|log| 1 << log)))
+    };
+    let dilations = &[1, 2, 4, 8];
+    assert_eq!(across(Element::F16, dilations, (128, 256)), Some((32, [4, 4, 4, 8])));
+    assert_eq!(across(Element::F16, dilations, (64, 128)), Some((16, [4, 4, 8, 8])));
+    assert_eq!(across(Element::F32, dilations, (64, 128)), None);
+    assert_eq!(across(Element::F16, &[1, 2, 4, 16], (64, 128)), None);
+    assert_eq!(across(Element::F16, dilations, (64, 120)), None);
 }
 
 #[test]

@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +98,16 @@ def open_engines(makers: dict[str, Callable[[], Engine]]) -> dict[str, Engine]:
 def cpu_makers(arguments: argparse.Namespace, stack: ExitStack, x: np.ndarray, folder: Path, labels: bool
                ) -> dict[str, Callable[[], Engine]]:
     model, onnx, threads = folder / "model.safetensors", folder / "model.onnx", arguments.threads
+    worker = partial(Worker, stack, patience=arguments.patience)
 
     def pytorch(channels_last: bool, compiled: bool) -> Engine:
-        return Worker(stack, engines.torch_cpu, model, x, threads, labels, channels_last, compiled)
+        return worker(engines.torch_cpu, model, x, threads, labels, channels_last, compiled)
 
     return {
         "fpenet": lambda: Fpenet(arguments.binary, model, x, folder, labels=labels, threads=threads),
-        "onnxruntime": lambda: Worker(stack, engines.onnxruntime_cpu, onnx, x, threads),
-        "openvino-f32": lambda: Worker(stack, engines.openvino_cpu, onnx, x, threads, True),
-        "openvino-default": lambda: Worker(stack, engines.openvino_cpu, onnx, x, threads, False),
+        "onnxruntime": lambda: worker(engines.onnxruntime_cpu, onnx, x, threads),
+        "openvino-f32": lambda: worker(engines.openvino_cpu, onnx, x, threads, True),
+        "openvino-default": lambda: worker(engines.openvino_cpu, onnx, x, threads, False),
         "pytorch": lambda: pytorch(False, False),
         "pytorch-channels-last": lambda: pytorch(True, False),
         "pytorch-compiled": lambda: pytorch(False, True),
@@ -115,6 +117,7 @@ def cpu_makers(arguments: argparse.Namespace, stack: ExitStack, x: np.ndarray, f
 def gpu_makers(arguments: argparse.Namespace, stack: ExitStack, x: np.ndarray, folder: Path, labels: bool
                ) -> dict[str, Callable[[], Engine]]:
     model, onnx = folder / "model.safetensors", folder / "model.onnx"
+    worker = partial(Worker, stack, patience=arguments.patience)
 
     def fpenet(precision: str) -> Engine:
         return Fpenet(arguments.binary, model, x, folder, labels=labels, device="cuda",
@@ -122,8 +125,8 @@ def gpu_makers(arguments: argparse.Namespace, stack: ExitStack, x: np.ndarray, f
 
     def pytorch(name: str) -> Engine:
         kind, precision = name.removeprefix("pytorch-").rsplit("-", 1)
-        return Worker(stack, engines.torch_cuda, model, x, labels, precision, "compiled" in kind,
-                      "graph" in kind)
+        return worker(engines.torch_cuda, model, x, labels, precision, "compiled" in kind,
+                      "graph" in kind, arguments.autotune)
 
     def make(name: str) -> Engine:
         family, precision = name.split("-", 1)[0], name.rsplit("-", 1)[1]
@@ -132,7 +135,7 @@ def gpu_makers(arguments: argparse.Namespace, stack: ExitStack, x: np.ndarray, f
         if family == "pytorch":
             return pytorch(name)
         build = engines.onnxruntime_cuda if family == "onnxruntime" else engines.tensorrt_cuda
-        return Worker(stack, build, onnx, x, precision)
+        return worker(build, onnx, x, precision)
 
     return {name: lambda name=name: make(name) for name in GPU_ENGINES}
 
@@ -176,7 +179,7 @@ def compare_training(arguments: argparse.Namespace, folder: Path) -> list[dict[s
 
         def torch_round(mode: str) -> Callable[[int], list[float]]:
             worker = Worker(stack, engines.torch_training, device, TRAIN_SIZE, TRAIN_BATCH, TRAIN_CLASSES,
-                            arguments.threads, mode)
+                            arguments.threads, mode, patience=arguments.patience)
             worker.ready()
             return lambda iterations: worker.round(iterations, warmup=1)
 
@@ -198,7 +201,8 @@ def compare_peers(arguments: argparse.Namespace, _folder: Path) -> list[dict[str
         for name in arguments.engines:
             with ExitStack() as stack:
                 try:
-                    worker = Worker(stack, peers.build, name, (width, height), device, arguments.threads)
+                    worker = Worker(stack, peers.build, name, (width, height), device, arguments.threads,
+                                    patience=arguments.patience)
                     worker.ready()
                 except Unavailable as problem:
                     print(f"left out: {name}: {problem}", file=sys.stderr)
@@ -300,6 +304,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds per engine (default 5; 3 with --train)")
     parser.add_argument("--iterations", type=int,
                         help="runs per round (default 8, on a GPU 40; with --train 2 and 10; peers 100)")
+    parser.add_argument("--autotune", action=argparse.BooleanOptionalAction, default=True,
+                        help="torch.compile on a GPU searches for its fastest kernels: minutes per engine")
+    parser.add_argument("--patience", type=float, metavar="SECONDS",
+                        help="leave out an engine that takes longer to be built (default: wait)")
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/fpenet", metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and raw samples")
     arguments = parser.parse_args()
@@ -364,7 +372,8 @@ def main() -> int:
         print(table(results, [name for name in preferred if name in names]))
     if arguments.json:
         environment = {"device": device, "load_average_at_start": load, "threads": arguments.threads,
-                       "rounds": arguments.rounds, "iterations": arguments.iterations, "versions": found}
+                       "rounds": arguments.rounds, "iterations": arguments.iterations,
+                       "autotune": arguments.autotune, "versions": found}
         document = {"kind": arguments.kind, "environment": environment, "results": results}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0

@@ -55,19 +55,28 @@ class Worker(Engine):
     `build(*arguments)` runs in that process and returns the call that is timed, and how: `timed` by the
     host's clock, or another function with its signature (a GPU's own clock). The process starts at
     once and imports what it needs beside others; `ready` then builds, which one does at a time, since
-    libraries choose their algorithms by timing them.
+    libraries choose their algorithms by timing them. One that takes more than `patience` seconds is
+    ended there.
     """
 
     def __init__(
-        self, stack: ExitStack, build: Callable[..., tuple[Call, Timer]], *arguments: object
+        self, stack: ExitStack, build: Callable[..., tuple[Call, Timer]], *arguments: object,
+        patience: float | None = None,
     ) -> None:
+        self.patience = patience
         self.executor = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
         self.built = build, arguments
         # To receive the function, the process imports its module.
         self.executor.submit(_import_worker, build)
 
     def ready(self) -> None:
-        problem = self.executor.submit(_build_worker, *self.built).result()
+        try:
+            problem = self.executor.submit(_build_worker, *self.built).result(self.patience)
+        except TimeoutError:
+            # Python 3.14 has kill_workers() for it.
+            for process in list(self.executor._processes.values()):
+                process.kill()
+            problem = f"not ready within {self.patience:g} s"
         if problem is not None:
             raise Unavailable(problem)
 

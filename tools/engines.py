@@ -90,9 +90,10 @@ def torch_cpu(path: Path, x: np.ndarray, threads: int, labels: bool, channels_la
     return call, timed
 
 
-def compile_or_skip(model: nn.Module, batch: Tensor) -> Callable[[Tensor], Tensor]:
-    """torch.compile with its search for the fastest kernels, compiled for this input."""
-    options = {"mode": "max-autotune-no-cudagraphs"} if batch.is_cuda else {}
+def compile_or_skip(model: nn.Module, batch: Tensor, search: bool = False
+                    ) -> Callable[[Tensor], Tensor]:
+    """torch.compile for this input; `search` for the fastest kernels, which takes minutes."""
+    options = {"mode": "max-autotune-no-cudagraphs"} if search else {}
     run = torch.compile(model, fullgraph=True, dynamic=False, **options)
     try:
         with torch.inference_mode():
@@ -116,15 +117,15 @@ def set_precision(precision: str) -> torch.dtype:
     return torch.float16 if precision == "f16" else torch.float32
 
 
-def torch_cuda(path: Path, x: np.ndarray, labels: bool, precision: str, compiled: bool, graph: bool
-               ) -> tuple[Call, Timer]:
+def torch_cuda(path: Path, x: np.ndarray, labels: bool, precision: str, compiled: bool, graph: bool,
+               search: bool) -> tuple[Call, Timer]:
     """f16 in channels-last, where cuDNN has its tensor-core kernels. `graph` replays a CUDA graph."""
     require_cuda()
     dtype, layout = set_precision(precision), memory_format(precision == "f16")
     model: nn.Module = fold_batch_norm(load_model(path)[0])
     model = (Labelled(model) if labels else model).to("cuda", dtype, memory_format=layout)
     batch = torch.from_numpy(x).to("cuda", dtype, memory_format=layout)
-    run: Callable[[Tensor], Tensor] = compile_or_skip(model, batch) if compiled else model
+    run: Callable[[Tensor], Tensor] = compile_or_skip(model, batch, search) if compiled else model
 
     def eager() -> Tensor:
         with torch.inference_mode():

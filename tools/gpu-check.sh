@@ -132,6 +132,11 @@ for precision in f32 f16; do
     done
     check "selftest $precision" "${fpenet[@]}" selftest --device "$device" --precision $precision
 done
+# Kernels that only a measurement chooses.
+for variants in cascade=mma strided=paired stage3=persistent; do
+    check "selftest f16 $variants" env FPENET_VARIANTS=$variants \
+        "${fpenet[@]}" selftest --device "$device" --precision f16
+done
 
 # The same photo three times, copies and work overlapping: three times the same labels.
 segment_thrice() {

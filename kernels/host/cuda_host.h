@@ -211,6 +211,10 @@ inline __half2 __hmul2(__half2 a, __half2 b) {
     return {__float2half(__half2float(a.x) * __half2float(b.x)),
             __float2half(__half2float(a.y) * __half2float(b.y))};
 }
+inline __half2 __hadd2(__half2 a, __half2 b) {
+    return {__float2half(__half2float(a.x) + __half2float(b.x)),
+            __float2half(__half2float(a.y) + __half2float(b.y))};
+}
 inline __half2 __float2half2_rn(float v) { return {__float2half(v), __float2half(v)}; }
 
 inline float __fdividef(float a, float b) { return a / b; }

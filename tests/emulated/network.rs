@@ -182,6 +182,9 @@ fn the_default_network_takes_few_launches() {
         let persistent = Variants { stage3: Stage3::Persistent, ..Variants::default() };
         let fewer = if element == Element::F16 { 16 } else { 17 };
         assert_eq!(kernels(persistent).len(), launches - fewer);
+        let mma = kernels(Variants { cascade: CascadePlanes::Mma, ..Variants::default() });
+        let on_tensor_cores = if element == Element::F16 { 10 } else { 0 };
+        assert_eq!(count(&mma, "cascade_mma_f16"), on_tensor_cores, "{mma:?}");
         let plain = kernels(Variants::PLAIN);
         assert!(plain.len() > 80, "{}: {plain:?}", plain.len());
     }

@@ -241,7 +241,7 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
     ("pairs", &["separate", "fused"]),
     ("pair_pixels", &["32", "64", "128"]),
     ("stage_weights", &["off", "on"]),
-    ("cascade", &["wide", "stored", "ahead"]),
+    ("cascade", &["wide", "stored", "ahead", "mma"]),
     ("cascade_kb", &["0", "24", "48", "64", "96"]),
     ("decoder", &["separate", "grouped", "fused"]),
     ("stem", &["separate", "fused"]),
@@ -258,14 +258,15 @@ pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 /// nothing of waiting: on an H100 the cascades that load in every row and branch took longer than the
 /// one that fetches ahead, smaller tiles longer than larger ones, and strided blocks with their
 /// projection in one launch longer than in two, whatever the bytes
-/// (benches/results/tune-2026-11-26-h100*.json). What it would decide a persistent stage by, the price
+/// (benches/results/tune-2026-11-26-h100*.json). The cascade on tensor cores has never met a card. What it would decide a persistent stage by, the price
 /// of a barrier across the grid, is an assumption, and blocks that wait for each other hang where the
 /// driver does not keep all of them resident.
-pub const MEASURED: [(&str, &str); 8] = [
+pub const MEASURED: [(&str, &str); 9] = [
     ("stage3", "persistent"),
     ("strided", "paired"),
     ("cascade", "stored"),
     ("cascade", "wide"),
+    ("cascade", "mma"),
     ("cascade_kb", "24"),
     ("cascade_kb", "48"),
     ("cascade_kb", "64"),

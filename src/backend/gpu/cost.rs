@@ -334,7 +334,7 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
             let before = if launch.args.get(1) == Some(&Arg::Null) { 0 } else { elements };
             (size * (input + before + elements), 0, 19 * elements)
         }
-        "cascade_forward" | "cascade_walk" | "cascade_ahead" => {
+        "cascade_forward" | "cascade_walk" | "cascade_ahead" | "cascade_mma" => {
             let again = cascade_loads(step, launch).saturating_sub(read);
             let stored = if launch.kernel.ends_with("_u8") { 1 } else { size };
             (whole - in_bytes(group, launch, size), stored * again, 20 * output)

@@ -39,6 +39,9 @@ pub enum CascadePlanes {
     /// The same, the planes of all branches fetched before the first begins, where rows are whole
     /// vectors and there is room (kernels/cascade_ahead.cu).
     Ahead,
+    /// The same on tensor cores (kernels/cascade_mma.cu), with weights rounded to halves: for f16
+    /// tensors, dilations up to 8 and rows of whole 16 columns; otherwise as `Ahead`.
+    Mma,
 }
 
 /// What the expanded tensor of a stride-1 block is stored in, between the kernel that makes a pair
@@ -217,8 +220,9 @@ impl Variants {
                     ("wide", CascadePlanes::Wide),
                     ("stored", CascadePlanes::Stored),
                     ("ahead", CascadePlanes::Ahead),
+                    ("mma", CascadePlanes::Mma),
                 ];
-                self.cascade = one_of(value, &names, "wide, stored or ahead")?;
+                self.cascade = one_of(value, &names, "wide, stored, ahead or mma")?;
             }
             "cascade_kb" => {
                 let kb = value.parse().ok().filter(|kb| *kb <= 1024);
@@ -282,6 +286,7 @@ impl std::fmt::Display for Variants {
             CascadePlanes::Wide => "wide",
             CascadePlanes::Stored => "stored",
             CascadePlanes::Ahead => "ahead",
+            CascadePlanes::Mma => "mma",
         };
         let expanded = match self.expanded {
             Expanded::Stored => "stored",

@@ -111,7 +111,8 @@ pub(super) fn cascade(low: &mut Lowering, step: &Step) -> bool {
     let target = left.planes(target.unwrap_or_else(|| low.at(y)));
     let mut args = forward::walk_args(low, op, biases, tiling, x.shape, [source, target]);
     args.extend(args![bytes.scales(), left.inverses()]);
-    low.launch(launch::cascade_walk("cascade_walk_f16_u8", tiling, y.shape, op.width(), args));
+    let (name, warps) = ("cascade_walk_f16_u8", tiling.walk_warps());
+    low.launch(launch::cascade_warps(name, warps, tiling, y.shape, op.width(), args));
     low.put_bytes(left);
     true
 }

@@ -334,6 +334,42 @@ fn in_vectors(low: &Lowering, tensor: &Tensor) -> bool {
         .all(|at| at.is_multiple_of(wide))
 }
 
+/// A folded cascade in one launch, its planes as the tensors are stored.
+#[derive(Clone, Copy)]
+enum Planar {
+    Walk(CascadeTiling),
+    Ahead(CascadeTiling),
+    /// With the binary logarithm of the warps side by side in each branch.
+    Mma(CascadeTiling, [usize; 4]),
+}
+
+impl Planar {
+    fn tiling(&self) -> CascadeTiling {
+        match self {
+            Planar::Walk(tiling) | Planar::Ahead(tiling) | Planar::Mma(tiling, _) => *tiling,
+        }
+    }
+}
+
+/// The cascade that fetches all branches first, where it can and is asked for.
+fn ahead(low: &Lowering, op: &Cascade, x: &Tensor, y: &Tensor) -> Option<Planar> {
+    // stage_blocks.cu has the walk.
+    let possible =
+        low.variants.stage3 == Stage3::Separate && in_vectors(low, x) && in_vectors(low, y);
+    let asked = matches!(low.variants.cascade, CascadePlanes::Ahead | CascadePlanes::Mma);
+    if !possible || !asked {
+        return None;
+    }
+    let (shape, limit) = (cascade_shape(op, x, y), low.cascade_limit());
+    let planes = op.width() * x.shape.n;
+    let mma = match low.variants.cascade {
+        CascadePlanes::Mma => shape.mma_tiling(low.element, planes, limit),
+        _ => None,
+    };
+    let ahead = || shape.ahead_tiling(low.element, planes, limit).map(Planar::Ahead);
+    mma.map(|(tiling, across)| Planar::Mma(tiling, across)).or_else(ahead)
+}
+
 /// Folded cascade: all branches in one launch where a tile fits into shared memory, else branch by
 /// branch.
 fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: &Tensor) {
@@ -342,18 +378,9 @@ fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: 
         CascadePlanes::Wide => None,
         _ => walk_tiling(low, op, x, y),
     };
-    let ahead = match low.variants.cascade {
-        // stage_blocks.cu has the walk.
-        CascadePlanes::Ahead
-            if low.variants.stage3 == Stage3::Separate
-                && in_vectors(low, x)
-                && in_vectors(low, y) =>
-        {
-            shape.ahead_tiling(low.element, op.width() * x.shape.n, low.cascade_limit())
-        }
-        _ => None,
-    };
-    let tiling = ahead.or(walk).or_else(|| shape.tiling(low.cascade_limit()));
+    let walk = walk.map(Planar::Walk);
+    let planar = ahead(low, op, x, y).or(walk);
+    let tiling = planar.map(|p| p.tiling()).or_else(|| shape.tiling(low.cascade_limit()));
     let whole = tiling.is_some_and(|t| (t.tile_h, t.tile_w) == shape.output);
     // Blocks that share a plane would overwrite what a neighbour's halo still needs.
     let mut target = low.at(y);
@@ -374,17 +401,26 @@ fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: 
     } else {
         (low.at(x), *x)
     };
-    if let Some(tiling) = ahead.or(walk) {
+    if let Some(planar) = planar {
         let planes = |at: Place, tensor: &Tensor| Planes { at, ..Planes::of(low, tensor) };
         let planes = [planes(source.0, &source.1), planes(target, y)];
-        let args = walk_args(low, op, biases, tiling, x.shape, planes);
-        if ahead.is_some() {
-            let name = low.name(Typed { f32: "cascade_ahead_f32", f16: "cascade_ahead_f16" });
-            low.launch(launch::cascade_ahead(name, tiling, y.shape, op.width(), args));
-        } else {
-            let name = low.name(Typed { f32: "cascade_walk_f32", f16: "cascade_walk_f16" });
-            low.launch(launch::cascade_walk(name, tiling, y.shape, op.width(), args));
+        let tiling = planar.tiling();
+        let mut args = walk_args(low, op, biases, tiling, x.shape, planes);
+        let warps = match planar {
+            Planar::Walk(tiling) => tiling.walk_warps(),
+            Planar::Ahead(_) | Planar::Mma(..) => launch::AHEAD_WARPS,
+        };
+        let name = match planar {
+            Planar::Walk(_) => Typed { f32: "cascade_walk_f32", f16: "cascade_walk_f16" },
+            Planar::Ahead(_) => Typed { f32: "cascade_ahead_f32", f16: "cascade_ahead_f16" },
+            // Its tiling is there for f16 only.
+            Planar::Mma(..) => Typed { f32: "cascade_ahead_f32", f16: "cascade_mma_f16" },
+        };
+        if let Planar::Mma(_, across) = planar {
+            args.extend(across.map(Arg::from));
         }
+        let name = low.name(name);
+        low.launch(launch::cascade_warps(name, warps, tiling, y.shape, op.width(), args));
         return;
     }
     match tiling {
