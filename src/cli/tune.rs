@@ -103,8 +103,8 @@ fn predict(messages: Messages, args: &Args, model: &Model) -> anyhow::Result<()>
     };
     writeln!(
         messages,
-        "A cost model's prediction, not a measurement: data sheets, assumed L2 bandwidths, \
-         efficiencies and launch costs."
+        "A cost model's prediction, not a measurement: data sheets, assumed L2 bandwidths and \
+         launch costs, efficiencies fitted to an H100."
     )?;
     let mut all = Vec::new();
     for (_, shape) in shapes(args) {

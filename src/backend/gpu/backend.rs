@@ -12,6 +12,7 @@ use super::control::{self, Hyper, Run};
 use super::cost;
 use super::device::{Element, GpuDevice, LANES, Place};
 use super::lower::{self, Program, Target};
+use super::predict;
 use super::prepared::{Prepared, Reservation};
 use super::variants::{Expanded, Variants};
 use crate::backend::{
@@ -507,7 +508,7 @@ impl<D: GpuDevice> Backend for GpuBackend<D> {
             replayed: self.device.records(),
             bytes: costs.iter().map(|cost| cost.bytes + cost.again).sum(),
             flops: costs.iter().map(|cost| cost.flops).sum(),
-            roofline_seconds: card.map(|card| cost::total(&costs, card, true).roofline),
+            roofline_seconds: card.map(|card| predict::total(&costs, card, true).roofline),
             reserved_bytes: prepared.reserved_bytes as u64,
         })
     }

@@ -38,11 +38,12 @@ pub struct Card {
     pub threads: usize,
     /// Resident blocks of a multiprocessor.
     pub blocks: usize,
-    /// Seconds from a kernel to one that depends on it inside a CUDA graph: assumed.
+    /// Seconds from a kernel to one that depends on it inside a CUDA graph: assumed, or fitted to what a
+    /// card did.
     pub dependency: f64,
     /// Seconds of a barrier of all blocks of a launch: assumed.
     pub barrier: f64,
-    /// Seconds per launch where commands are launched one by one: assumed.
+    /// Seconds per launch where commands are launched one by one: assumed, or fitted.
     pub launch: f64,
 }
 
@@ -50,8 +51,9 @@ pub struct Card {
 // Multiprocessor limits: CUDA C++ Programming Guide, "Technical Specifications per Compute
 // Capability" (7.0: 96 KB shared, 2048 threads, 32 blocks; 7.5: 64 KB, 1024, 16; 9.0: 228 KB, 227 KB
 // per block, 2048, 32; 64 K registers each).
-// dependency, barrier, launch: nothing measured; the study's 2.5 us before Hopper and 1.5 us on it, its
-// 1.6 and 1 us per barrier, and 4 us per launch from a host that does nothing else.
+// dependency, barrier, launch: before Hopper nothing measured; the study's 2.5 us, its 1.6 us per barrier, and
+// 4 us per launch from a host that does nothing else. On Hopper fitted to an H100 (predict.rs), but for the
+// study's 1 us per barrier.
 pub static CARDS: [Card; 4] = [
     Card {
         // AnandTech, "The NVIDIA Titan V Deep Learning Deep Dive", 2018, its table of specifications:
@@ -126,9 +128,9 @@ pub static CARDS: [Card; 4] = [
         registers: 65536,
         threads: 2048,
         blocks: 32,
-        dependency: 1.5e-6,
+        dependency: 2.1e-6,
         barrier: 1.0e-6,
-        launch: 4e-6,
+        launch: 2.6e-6,
     },
     Card {
         // The H100's chip with 4.8 TB/s of HBM3e: itkb.uw.cz, "NVIDIA H200 vs B300", 22 June 2026 (132
@@ -149,9 +151,9 @@ pub static CARDS: [Card; 4] = [
         registers: 65536,
         threads: 2048,
         blocks: 32,
-        dependency: 1.5e-6,
+        dependency: 2.1e-6,
         barrier: 1.0e-6,
-        launch: 4e-6,
+        launch: 2.6e-6,
     },
 ];
 
@@ -176,6 +178,12 @@ pub fn nearest(arch: u32) -> &'static Card {
 }
 
 impl Card {
+    /// Operations per second if every issue slot did one multiply-add of 32 lanes: four slots per clock
+    /// and multiprocessor on all of these cards, whose f32 units take them all (sm_90) or every second.
+    pub fn slots(&self) -> f64 {
+        (2 * 4 * 32 * self.sms) as f64 * self.clock
+    }
+
     /// Blocks of a kernel that are resident on a multiprocessor at a time, by threads, registers and
     /// shared memory; 0 where not even one fits.
     pub fn resident_blocks(&self, threads: usize, registers: usize, shared_bytes: usize) -> usize {

@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::cards::Card;
-use super::cost::{self, CommandCost, Prediction};
+use super::cost::{self, CommandCost};
 use super::device::{Buffer, Element};
 use super::lower::{self, Memory, Target};
+use super::predict::{self, Prediction};
 use super::variants::{Expanded, Pairs, Products, Variants};
 use crate::error::{Error, Result};
 use crate::files;
@@ -254,24 +255,11 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
 /// and so is what changes labels.
 pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 
-/// Choices that the cost model leaves to a measurement. It counts bytes and operations, and knows
-/// nothing of waiting: on an H100 the cascades that load in every row and branch took longer than the
-/// one that fetches ahead, smaller tiles longer than larger ones, and strided blocks with their
-/// projection in one launch longer than in two, whatever the bytes
-/// (benches/results/tune-2026-11-26-h100*.json). The cascade on tensor cores has never met a card. What it would decide a persistent stage by, the price
-/// of a barrier across the grid, is an assumption, and blocks that wait for each other hang where the
-/// driver does not keep all of them resident.
-pub const MEASURED: [(&str, &str); 9] = [
-    ("stage3", "persistent"),
-    ("strided", "paired"),
-    ("cascade", "stored"),
-    ("cascade", "wide"),
-    ("cascade", "mma"),
-    ("cascade_kb", "24"),
-    ("cascade_kb", "48"),
-    ("cascade_kb", "64"),
-    ("cascade_kb", "96"),
-];
+/// Choices that the model leaves to a measurement: a cascade that no card has run yet, and the persistent
+/// stage, which took an H100 longer than the model says (benches/results/tune-2026-11-26-h100.json): the
+/// price of a barrier across the grid is an assumption, and blocks that wait for each other hang where
+/// the driver does not keep all of them resident.
+pub const MEASURED: [(&str, &str); 2] = [("stage3", "persistent"), ("cascade", "mma")];
 
 /// Whether a choice is one that only a measurement makes.
 fn measured_only(variants: Variants) -> bool {
@@ -397,8 +385,13 @@ pub fn by_model(
     element: Element,
     card: &Card,
 ) -> Result<(Choice, Vec<CommandCost>, Prediction)> {
-    let allowed = |variants, _: &[CommandCost]| !measured_only(variants);
-    cheapest(plan, element, card, start(plan, element), allowed)
+    // A plan that was made for expanded tensors in 8 bits keeps them so, if it can.
+    let in_bytes = |costs: &[CommandCost]| costs.iter().any(|cost| cost.kernel.ends_with("_u8"));
+    let start = start(plan, element);
+    let scaled = in_bytes(&work(plan, element, card.shared_per_block, start)?);
+    let allowed =
+        |variants, costs: &[CommandCost]| !measured_only(variants) && (!scaled || in_bytes(costs));
+    cheapest(plan, element, card, start, allowed)
 }
 
 /// The same with as much of stage 3 in one cooperative launch as the kernel takes; none where it takes
@@ -430,14 +423,14 @@ fn cheapest(
 ) -> Result<(Choice, Vec<CommandCost>, Prediction)> {
     let predict = |variants: Variants| -> Result<Option<f64>> {
         let costs = work(plan, element, card.shared_per_block, variants)?;
-        let expected = cost::total(&costs, card, true).expected;
+        let expected = predict::total(&costs, card, true).expected;
         Ok(allowed(variants, &costs).then_some(expected))
     };
     // A margin: the model is not good enough to leave the default for nothing.
     let (variants, _) = climb(start, 0.02, predict)?;
     let costs = work(plan, element, card.shared_per_block, variants)?;
-    let graph = cost::total(&costs, card, true);
-    let single = cost::total(&costs, card, false);
+    let graph = predict::total(&costs, card, true);
+    let single = predict::total(&costs, card, false);
     let graphs = graph.expected <= single.expected;
     let prediction = if graphs { graph } else { single };
     Ok((Choice { variants, graphs }, costs, prediction))

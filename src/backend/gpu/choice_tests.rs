@@ -47,6 +47,10 @@ fn storage_in_bytes_is_never_tried_and_shares_what_was_measured() {
     assert_eq!(Key::new(key().device, &scaled, Element::F16), key());
     // The model's choice is in bytes for a plan that was made for them, and for no other.
     let chosen = |plan: &Plan, element| by_model(plan, element, &CARDS[0]).unwrap().0.variants;
+    for card in &CARDS {
+        let (_, costs, _) = by_model(&scaled, Element::F16, card).unwrap();
+        assert!(costs.iter().any(|cost| cost.kernel.ends_with("_u8")), "{}", card.id);
+    }
     assert_eq!(chosen(&scaled, Element::F16).expanded, Expanded::Bytes);
     assert_eq!(chosen(&scaled, Element::F32).expanded, Expanded::Stored);
     assert_eq!(chosen(&plan((64, 32)), Element::F16).expanded, Expanded::Stored);
@@ -166,7 +170,7 @@ fn the_model_never_chooses_what_it_holds_to_be_slower_than_the_plain_way() {
         for element in [Element::F32, Element::F16] {
             let (choice, costs, prediction) = by_model(&plan, element, card).unwrap();
             let plain = work(&plan, element, card.shared_per_block, Variants::PLAIN).unwrap();
-            let plain = cost::total(&plain, card, true);
+            let plain = predict::total(&plain, card, true);
             assert!(prediction.expected <= plain.expected, "{} {choice:?}", card.id);
             assert!(prediction.roofline > 0.0 && prediction.roofline < prediction.expected);
             let fits = |cost: &CommandCost| cost.shared_bytes <= card.shared_per_block;
@@ -199,7 +203,7 @@ fn the_models_work_grows_with_the_pixels_and_its_time_no_faster() {
         let costs = work(&plan, Element::F16, card.shared_per_block, Variants::default()).unwrap();
         let bytes: u64 = costs.iter().map(|cost| cost.bytes).sum();
         let flops: u64 = costs.iter().map(|cost| cost.flops).sum();
-        (bytes as f64, flops as f64, cost::total(&costs, card, true).expected)
+        (bytes as f64, flops as f64, predict::total(&costs, card, true).expected)
     };
     let (small, large) = (at((512, 256)), at((1024, 512)));
     assert!((large.1 / small.1 - 4.0).abs() < 0.2, "{:?}", (small, large));

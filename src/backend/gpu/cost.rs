@@ -1,50 +1,17 @@
-//! What every command of a lowered forward pass moves and computes, and how long a card should take
-//! for it: a model's prediction, never a measurement.
+//! What every command of a lowered forward pass moves and computes; predict.rs says how long that takes.
 //!
 //! Bytes: each operand once per command; what blocks read again (halos of tiles, weights) is counted
 //! apart, since it comes from L2. FLOPs: two per multiply-accumulate, the few of an epilogue or an
-//! interpolation roughly. The time of a command is max(bytes / bandwidth, FLOPs / peak) plus the cost of
-//! a dependency between kernels; its bytes come from L2 as far as they fit in there, the rest from
-//! memory.
+//! interpolation roughly, halos as often as they are computed.
 
-use super::cards::Card;
 use super::device::Element;
-use super::kernel_report;
 use super::launch::{self, Arg, CascadeShape, Command, Gemm, Launch, StagePart};
 use super::lower::Program;
 use crate::graph::{Plan, Step, Tensor};
 use crate::ops::Op;
 
-/// Shares of a peak that good kernels reach; but for the f32 products assumed, not calibrated on any card.
-pub mod efficiency {
-    /// Of the memory bandwidth.
-    pub const DRAM: f64 = 0.85;
-    /// Of the L2 bandwidth.
-    pub const L2: f64 = 0.70;
-    /// Of the tensor cores, on matrices of this network's sizes.
-    pub const TENSOR: f64 = 0.45;
-    /// Of the f32 units, in stencils.
-    pub const FP32: f64 = 0.50;
-    /// Of the f32 units, in a BLAS's matrix products of this network's sizes: what cuBLAS reached on an H100
-    /// (0.29 ms for the 3.2 GMAC of 1024 x 512, benches/results/profile-2026-11-26-h100-f32.txt).
-    pub const FP32_GEMM: f64 = 0.35;
-    /// Of the f32 units, in this program's own products: there, too, from the difference of two choices.
-    pub const FP32_TILE: f64 = 0.16;
-}
-
-/// Registers of a thread of a kernel that the compiler's report does not know (cuBLAS's, or one newer
-/// than the report). An assumption; it is also the most that a block of 1024 threads can have.
-pub const ASSUMED_REGISTERS: usize = 64;
-/// Bytes that a thread has under way to or from memory, assumed: two 16-byte loads.
-const BYTES_IN_FLIGHT: f64 = 32.0;
-/// Seconds from a load's issue to its data, from L2 and from memory; assumed, about what
-/// microbenchmarks find.
-const LATENCY: (f64, f64) = (250e-9, 500e-9);
-/// Bytes per clock that L2 gives a multiprocessor that is alone with it; assumed for all cards, what
-/// microbenchmarks find on a V100.
-const LINE: f64 = 64.0;
 /// Rows and columns of the tile that a block of a matrix product makes, assumed.
-const GEMM_TILE: (usize, usize) = (64, 128);
+const GEMM_TILE: (usize, usize) = (64, 64);
 
 /// What does the arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,77 +54,10 @@ pub struct CommandCost {
     pub behind_barrier: bool,
 }
 
-/// Seconds of one command or of several.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Prediction {
-    /// At the card's peaks, without any cost per kernel.
-    pub roofline: f64,
-    /// With the assumed efficiencies, waves, occupancy and cost per kernel.
-    pub expected: f64,
-}
-
-impl std::ops::AddAssign for Prediction {
-    fn add_assign(&mut self, other: Prediction) {
-        self.roofline += other.roofline;
-        self.expected += other.expected;
-    }
-}
-
 impl CommandCost {
     /// The kernel's name without storage type and tile.
     pub fn class(&self) -> &'static str {
         class(self.kernel)
-    }
-
-    /// Registers of a thread, from the compiler's report or assumed.
-    pub fn registers(&self, card: &Card) -> usize {
-        kernel_report::registers(self.kernel, card.arch).unwrap_or(ASSUMED_REGISTERS)
-    }
-
-    /// Share of a multiprocessor's threads that can be resident.
-    pub fn occupancy(&self, card: &Card) -> f64 {
-        card.occupancy(self.threads, self.registers(card), self.shared_bytes)
-    }
-
-    /// Time on a card, with the cost of a dependency inside a graph, or of a launch by itself.
-    pub fn predict(&self, card: &Card, graph: bool) -> Prediction {
-        let bytes = self.bytes as f64;
-        let cached = (card.l2_bytes / bytes.max(1.0)).min(1.0);
-        let again = self.again as f64;
-        let move_at =
-            |dram: f64, l2: f64| bytes * (cached / l2 + (1.0 - cached) / dram) + again / l2;
-        let (peak, share) = match self.unit {
-            Unit::Fp32 => (card.fp32, efficiency::FP32),
-            Unit::Fp32Gemm => (card.fp32, efficiency::FP32_GEMM),
-            Unit::Fp32Tile => (card.fp32, efficiency::FP32_TILE),
-            Unit::Tensor => (card.tensor, efficiency::TENSOR),
-        };
-        let beside = self.beside as f64 / card.fp32;
-        let compute = self.flops.saturating_sub(self.beside) as f64 / peak;
-        let roofline = compute.max(beside).max(move_at(card.dram, card.l2));
-
-        // The busiest multiprocessor decides: it has ceil(blocks / SMs) of the blocks.
-        let per_sm = self.blocks.div_ceil(card.sms).max(1);
-        let fill = self.blocks.max(1) as f64 / (per_sm * card.sms) as f64;
-        let resident = card.resident_blocks(self.threads, self.registers(card), self.shared_bytes);
-        let resident = (resident.clamp(1, per_sm) * self.threads) as f64;
-        let from_l2 = (bytes * cached + again) / (bytes + again).max(1.0);
-        let latency = from_l2 * LATENCY.0 + (1.0 - from_l2) * LATENCY.1;
-        let busy = card.sms.min(self.blocks.max(1)) as f64;
-        let in_flight = busy * resident * BYTES_IN_FLIGHT / latency;
-        let moved = move_at(card.dram * efficiency::DRAM, card.l2 * efficiency::L2 * fill.max(0.5));
-        let compute = (compute / share + beside / efficiency::FP32) / fill;
-        let work = compute.max(moved).max((bytes + again) / in_flight);
-        let (last_bytes, last_flops) = (self.last.0 as f64, self.last.1 as f64);
-        let one =
-            (LINE * card.clock * efficiency::L2, card.fp32 * efficiency::FP32 / card.sms as f64);
-        let alone = last_bytes / one.0 + last_flops / one.1;
-        let cost = match (self.behind_barrier, graph) {
-            (true, _) => card.barrier,
-            (false, true) => card.dependency,
-            (false, false) => card.launch,
-        };
-        Prediction { roofline, expected: work + alone + cost }
     }
 }
 
@@ -240,13 +140,6 @@ impl<'a> Group<'a> {
 /// Launches among commands whose parts are listed one by one.
 pub fn launches(costs: &[CommandCost]) -> usize {
     costs.iter().filter(|cost| !cost.behind_barrier).count()
-}
-
-/// Seconds of all commands on a card.
-pub fn total(costs: &[CommandCost], card: &Card, graph: bool) -> Prediction {
-    let mut sum = Prediction::default();
-    costs.iter().for_each(|cost| sum += cost.predict(card, graph));
-    sum
 }
 
 /// Bytes of a step's operands, result and parameters, each once, with tensors stored as `element`:
@@ -337,7 +230,7 @@ fn of_launch(group: &Group, launch: &Launch, element: Element) -> CommandCost {
         "cascade_forward" | "cascade_walk" | "cascade_ahead" | "cascade_mma" => {
             let again = cascade_loads(step, launch).saturating_sub(read);
             let stored = if launch.kernel.ends_with("_u8") { 1 } else { size };
-            (whole - in_bytes(group, launch, size), stored * again, 20 * output)
+            (whole - in_bytes(group, launch, size), stored * again, 20 * (output + again))
         }
         "decoder_spatial"
         | "weighted_pool_gather"

@@ -29,8 +29,9 @@ fn all_the_networks_arithmetic_is_in_the_commands_whatever_the_variants() {
         for element in [Element::F32, Element::F16] {
             let flops = sum(&work(element, 96 << 10, variants), |cost| cost.flops);
             let ratio = flops / (2 * macs) as f64;
-            // The halos of strided blocks and of the decoder's tiles are computed again in f16.
-            let most = if element == Element::F16 { 1.25 } else { 1.15 };
+            // The halos of cascades in tiles are computed again; in f16 those of strided blocks and of the
+            // decoder's tiles, too.
+            let most = if element == Element::F16 { 1.3 } else { 1.2 };
             assert!((0.98..most).contains(&ratio), "{variants} {element:?}: {ratio}");
         }
     }
@@ -102,8 +103,10 @@ fn a_cascade_that_takes_whole_planes_loads_each_element_once_and_tiles_load_more
 fn a_persistent_stage_is_its_launches_with_barriers_between_them() {
     let card = &CARDS[3];
     for element in [Element::F32, Element::F16] {
-        let separate = work(element, card.shared_per_block, Variants::default());
-        let persistent = choice::changed(Variants::default(), "stage3", "persistent").unwrap();
+        // Its cascades walk.
+        let walked = Variants { cascade: CascadePlanes::Stored, ..Variants::default() };
+        let separate = work(element, card.shared_per_block, walked);
+        let persistent = choice::changed(walked, "stage3", "persistent").unwrap();
         let persistent = work(element, card.shared_per_block, persistent);
         assert_eq!(persistent.len(), separate.len());
         let parts = persistent.iter().filter(|cost| cost.class() == "stage_blocks").count();
@@ -120,49 +123,6 @@ fn a_persistent_stage_is_its_launches_with_barriers_between_them() {
         let saved = launch.predict(card, true).expected - barrier.predict(card, true).expected;
         assert!((saved - (card.dependency - card.barrier)).abs() < 1e-12, "{saved}");
     }
-}
-
-/// KERNELS.md section 1 has the same bound from the same data; the structure of the network's kernels
-/// differs, so only the order of magnitude is held here.
-#[test]
-fn the_roofline_of_the_whole_network_is_that_of_the_design_study() {
-    let card = &CARDS[0];
-    let costs = work(Element::F16, card.shared_per_block, Variants::default());
-    let prediction = total(&costs, card, true);
-    assert!((150e-6..1500e-6).contains(&prediction.roofline), "{prediction:?}");
-    assert!(prediction.expected > prediction.roofline);
-    assert!(total(&costs, card, false).expected > prediction.expected);
-}
-
-#[test]
-fn a_prediction_is_bounded_by_bandwidth_or_by_arithmetic() {
-    let card = &CARDS[3];
-    let cost = CommandCost {
-        kernel: "none_f32",
-        bytes: 1 << 30,
-        again: 0,
-        flops: 1,
-        unit: Unit::Fp32,
-        beside: 0,
-        last: (0, 0),
-        blocks: 1 << 16,
-        threads: 256,
-        shared_bytes: 0,
-        behind_barrier: false,
-    };
-    // 1 GiB, 50 MiB of it from L2.
-    let l2 = card.l2_bytes / card.l2;
-    let memory = (f64::from(1 << 30) - card.l2_bytes) / card.dram;
-    assert!((cost.predict(card, true).roofline / (l2 + memory) - 1.0).abs() < 1e-9);
-    let heavy = CommandCost { flops: 1 << 40, bytes: 1, ..cost };
-    let seconds = (1u64 << 40) as f64 / card.fp32;
-    assert!((heavy.predict(card, true).roofline / seconds - 1.0).abs() < 1e-9);
-    assert!(heavy.predict(card, true).expected >= seconds / efficiency::FP32);
-    // One block keeps one multiprocessor busy.
-    let single = CommandCost { blocks: 1, ..heavy };
-    assert!(single.predict(card, true).expected > 100.0 * heavy.predict(card, true).expected);
-    let tensor = CommandCost { unit: Unit::Tensor, ..heavy };
-    assert!(tensor.predict(card, true).expected < heavy.predict(card, true).expected / 5.0);
 }
 
 #[test]

@@ -14,6 +14,7 @@ pub mod emulated;
 pub mod kernel_report;
 pub mod launch;
 pub mod lower;
+pub mod predict;
 mod prepared;
 pub mod variants;
 
