@@ -256,9 +256,7 @@ pub const DIMENSIONS: [(&str, &[&str]); 11] = [
 pub const SETTLED: [&str; 2] = ["rewrites", "expanded"];
 
 /// Choices that the model leaves to a measurement: a cascade that no card has run yet, and the persistent
-/// stage, which took an H100 longer than the model says (benches/results/tune-2026-11-26-h100.json): the
-/// price of a barrier across the grid is an assumption, and blocks that wait for each other hang where
-/// the driver does not keep all of them resident.
+/// stage, whose blocks wait for each other and hang where the driver does not keep all of them resident.
 pub const MEASURED: [(&str, &str); 2] = [("stage3", "persistent"), ("cascade", "mma")];
 
 /// Whether a choice is one that only a measurement makes.
