@@ -13,7 +13,7 @@
 // Bytes: x once and the rows around the tiles again, y once. FLOPs: 18 per output.
 // Shared: (branches * rows + 1) * (w + 2 * largest dilation) elements: 70 KB for four branches of half a
 // plane of 128 x 64 halves, with 14 rows around it at one side.
-// Launch: 512 threads, grid (tiles, chains, N): launch::cascade_ahead().
+// Launch: 512 threads, grid (tiles, chains, N): launch::cascade_warps().
 #include "cascade_ahead.cuh"
 
 namespace {

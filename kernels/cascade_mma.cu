@@ -16,8 +16,8 @@
 // weights are the same for all warps: made once per block, in shared memory.
 //
 // The result goes onto the next branch's input as it is stored, rounded: two halves per addition.
-// Bytes: as in cascade_ahead.cu, and 9 KB of shared memory. FLOPs: 18 per output are of use, 192 are done.
-// Launch: 512 threads, grid (tiles, chains, N): launch::cascade_mma().
+// Bytes: as in cascade_ahead.cu, and 3 KB of shared memory per branch. FLOPs: 18 per output are of use, 192 are done.
+// Launch: 512 threads, grid (tiles, chains, N): launch::cascade_warps().
 #include "cascade_ahead.cuh"
 #include "mma.cuh"
 

@@ -11,7 +11,7 @@
 // Shared: 2 regions in the tensors' storage (1 where nothing is carried from branch to branch): 32 KB
 // for two planes of 128 x 64 halves: three times into a TITAN V; registers keep it to one block of 512
 // threads or two of 256.
-// Launch: 256 or 512 threads, grid (tiles, chains, N): launch::cascade_walk().
+// Launch: 256 or 512 threads, grid (tiles, chains, N): launch::cascade_warps().
 #include "cascade_walk.cuh"
 
 namespace {

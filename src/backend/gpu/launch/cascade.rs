@@ -163,6 +163,8 @@ impl CascadeShape<'_> {
         Some((tiling, across))
     }
 
+    /// Tiles of whole rows with what all branches read of them at once, zeros beside every row, and a row
+    /// of zeros (kernels/cascade_ahead.cuh).
     fn rows_tiling(&self, element: Element, planes: usize, limit: usize) -> Option<CascadeTiling> {
         const ENOUGH: usize = 96;
         const LEAST_ROWS: usize = 8;
