@@ -225,9 +225,7 @@ pub trait GpuDevice: Send {
     }
 
     /// Compute capability times 10.
-    fn capability(&self) -> u32 {
-        70
-    }
+    fn capability(&self) -> u32;
 
     /// Card, driver and architecture, as far as they decide what is fast: the key of tuned choices.
     fn identity(&self) -> String {

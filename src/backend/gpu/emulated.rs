@@ -225,6 +225,12 @@ impl GpuDevice for Emulated {
         format!("CUDA kernels emulated on the CPU, {} KiB shared memory", self.shared_memory / 1024)
     }
 
+    /// As of the cards whose tensor cores have mma.sync: the kernels that the model chooses for them
+    /// are the ones to be tried.
+    fn capability(&self) -> u32 {
+        75
+    }
+
     fn shared_memory_limit(&self) -> usize {
         self.shared_memory
     }

@@ -238,6 +238,10 @@ mod tests {
             "small".into()
         }
 
+        fn capability(&self) -> u32 {
+            70
+        }
+
         fn shared_memory_limit(&self) -> usize {
             48 << 10
         }
