@@ -291,7 +291,7 @@ fn predict_bytes(
     let wanted = (PlaneLayout::Dense, choice::rewrites(bytes));
     let (plan, _) = exec::plan_inference(model, wanted, size, Mode::Labels)?;
     let (choice, costs, total) = choice::by_model(&plan, Element::F16, card)?;
-    let any = costs.iter().any(|cost| cost.kernel.ends_with("_u8"));
+    let any = costs.iter().any(CommandCost::in_bytes);
     Ok(any.then(|| Alternative::new(choice.variants, &costs, total)))
 }
 

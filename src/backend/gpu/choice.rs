@@ -387,7 +387,7 @@ pub fn by_model(
     card: &Card,
 ) -> Result<(Choice, Vec<CommandCost>, Prediction)> {
     // A plan that was made for expanded tensors in 8 bits keeps them so, if it can.
-    let in_bytes = |costs: &[CommandCost]| costs.iter().any(|cost| cost.kernel.ends_with("_u8"));
+    let in_bytes = |costs: &[CommandCost]| costs.iter().any(CommandCost::in_bytes);
     let start = start(plan, element);
     let scaled = in_bytes(&work(plan, element, card.shared_per_block, start)?);
     let allowed =

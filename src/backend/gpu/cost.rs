@@ -55,6 +55,11 @@ pub struct CommandCost {
 }
 
 impl CommandCost {
+    /// Whether it leaves an expanded tensor in 8 bits, or is a cascade over one.
+    pub fn in_bytes(&self) -> bool {
+        self.kernel.ends_with("_u8")
+    }
+
     /// The kernel's name without storage type and tile.
     pub fn class(&self) -> &'static str {
         class(self.kernel)

@@ -35,8 +35,9 @@ pub mod efficiency {
 
     /// Of the issue slots, in kernels of this class that compute on CUDA cores, by blocks of 512 threads
     /// with a multiprocessor of their own; fitted, but for what no card has run yet.
-    pub fn of_slots(class: &str) -> f64 {
-        match class {
+    /// None for elementwise kernels.
+    pub fn of_slots(class: &str) -> Option<f64> {
+        let share = match class {
             "cascade_ahead" => 0.117,
             // Not run yet: as many more than those as its inner loops have fewer instructions.
             "cascade_mma" => 0.26,
@@ -48,8 +49,9 @@ pub mod efficiency {
             "decoder_sums" => 0.047,
             "meu_scores" => 0.051,
             "scores_argmax" => 0.068,
-            _ => ELEMENTWISE,
-        }
+            _ => return None,
+        };
+        Some(share)
     }
 }
 
@@ -127,8 +129,8 @@ impl CommandCost {
             }
             Unit::Tensor => card.tensor * efficiency::TENSOR,
             Unit::Fp32 => match efficiency::of_slots(self.class()) {
-                share if share < efficiency::ELEMENTWISE => card.slots() * share * hiding,
-                share => card.slots() * share,
+                Some(share) => card.slots() * share * hiding,
+                None => card.slots() * efficiency::ELEMENTWISE,
             },
         };
         let beside = beside / (card.slots() * efficiency::BESIDE * hiding);

@@ -40,12 +40,31 @@ pub struct CascadeShape<'a> {
 }
 
 impl CascadeShape<'_> {
+    /// Rows and columns beyond a tile that a branch makes for those behind it.
+    fn reach(&self, branch: usize) -> usize {
+        if self.addition { self.dilations[branch + 1..].iter().sum() } else { 0 }
+    }
+
+    /// Rows and columns beyond a tile that are read, all branches together.
+    fn halo(&self) -> usize {
+        if self.addition { self.dilations.iter().sum() } else { self.largest() }
+    }
+
+    fn largest(&self) -> usize {
+        self.dilations.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Whether the taps of two neighbouring columns are pairs of neighbours: cascade_walk.cuh.
+    fn in_pairs(&self) -> bool {
+        self.stride == 1 && self.dilations.iter().all(|d| *d == 1 || d.is_multiple_of(2))
+    }
+
     /// Elements of the largest input region for tiles of `tile_h` x `tile_w` outputs: the tile, as
     /// far beyond it as the following branches read, and this branch's own dilation.
     fn region(&self, tile_h: usize, tile_w: usize) -> usize {
         let region = |i: usize| {
             let dilation = self.dilations[i];
-            let reach: usize = if self.addition { self.dilations[i + 1..].iter().sum() } else { 0 };
+            let reach = self.reach(i);
             let sub = if self.stride == 2 && dilation.is_multiple_of(2) { 2 } else { 1 };
             let side = |tile: usize, input: usize, output: usize| {
                 let outputs = (tile + 2 * reach).min(output);
@@ -62,8 +81,7 @@ impl CascadeShape<'_> {
     pub fn loaded(&self, (tile_h, tile_w): (usize, usize)) -> usize {
         let span = |tile: usize, input: usize, output: usize, branch: usize| -> usize {
             let dilation = self.dilations[branch];
-            let reach: usize =
-                if self.addition { self.dilations[branch + 1..].iter().sum() } else { 0 };
+            let reach = self.reach(branch);
             let sub = if self.stride == 2 && dilation.is_multiple_of(2) { 2 } else { 1 };
             let (step, d) = (self.stride / sub, dilation / sub);
             let tiles = (0..output).step_by(tile.max(1)).map(|from| {
@@ -102,12 +120,8 @@ impl CascadeShape<'_> {
     pub fn walk_tiling(&self, element: Element, limit: usize) -> Option<CascadeTiling> {
         const TILES: [(usize, usize); 6] =
             [(64, 128), (64, 64), (32, 64), (32, 32), (16, 32), (8, 32)];
-        let taps_in_pairs = |d: &usize| *d == 1 || d.is_multiple_of(2);
-        let possible = self.stride == 1 && self.dilations.iter().all(taps_in_pairs);
-        let halo = match self.addition {
-            true => self.dilations.iter().sum::<usize>(),
-            false => self.dilations.iter().copied().max().unwrap_or(0),
-        };
+        let possible = self.in_pairs();
+        let halo = self.halo();
         let buffers = if self.addition && self.dilations.len() > 1 { 2 } else { 1 };
         let (h, w) = self.output;
         let tiles =
@@ -143,8 +157,9 @@ impl CascadeShape<'_> {
         planes: usize,
         limit: usize,
     ) -> Option<(CascadeTiling, [usize; 4])> {
-        let within = self.dilations.iter().all(|d| *d <= MMA_REACH);
-        if element != Element::F16 || !self.output.1.is_multiple_of(MMA_SIDE) || !within {
+        let columns = self.output.1;
+        let suits = columns.is_multiple_of(MMA_SIDE) && self.largest() <= MMA_REACH;
+        if element != Element::F16 || !suits {
             return None;
         }
         let bands = MMA_BANDS * self.dilations.len();
@@ -152,9 +167,9 @@ impl CascadeShape<'_> {
         tiling.shared_bytes += bands;
         let mut across = [0; 4];
         for (i, across) in across.iter_mut().enumerate().take(self.dilations.len()) {
-            let reach: usize = if self.addition { self.dilations[i + 1..].iter().sum() } else { 0 };
+            let reach = self.reach(i);
             let rows = (tiling.tile_h + 2 * reach).min(self.output.0).div_ceil(MMA_SIDE);
-            let columns = self.output.1 / MMA_SIDE;
+            let columns = columns / MMA_SIDE;
             // A warp's steps down cost about as much for their rows as for each step along them.
             let steps =
                 |log: &usize| rows.div_ceil(AHEAD_WARPS >> log) * (1 + columns.div_ceil(1 << log));
@@ -168,17 +183,15 @@ impl CascadeShape<'_> {
     fn rows_tiling(&self, element: Element, planes: usize, limit: usize) -> Option<CascadeTiling> {
         const ENOUGH: usize = 96;
         const LEAST_ROWS: usize = 8;
-        let taps_in_pairs = |d: &usize| *d == 1 || d.is_multiple_of(2);
         let wide = VECTOR_BYTES / element.size();
         let (h, w) = self.output;
         // A warp loads up to 32 vectors of a row.
         let whole_vectors = w.is_multiple_of(wide) && w <= AHEAD_WARPS * 32 * wide;
-        if self.stride != 1 || !whole_vectors || !self.dilations.iter().all(taps_in_pairs) {
+        if !self.in_pairs() || !whole_vectors {
             return None;
         }
-        let largest = self.dilations.iter().copied().max().unwrap_or(0);
-        let halo = if self.addition { self.dilations.iter().sum() } else { largest };
-        let pitch = w + 2 * largest.next_multiple_of(wide);
+        let halo = self.halo();
+        let pitch = w + 2 * self.largest().next_multiple_of(wide);
         let tiling = |tile_h: usize| {
             let rows = (tile_h + 2 * halo).min(h);
             let elements = (self.dilations.len() * rows + 1) * pitch;

@@ -374,12 +374,11 @@ fn ahead(low: &Lowering, op: &Cascade, x: &Tensor, y: &Tensor) -> Option<Planar>
 /// branch.
 fn cascade(low: &mut Lowering, op: &Cascade, biases: &[ParamId], x: &Tensor, y: &Tensor) {
     let shape = cascade_shape(op, x, y);
-    let walk = match low.variants.cascade {
+    let walk = || match low.variants.cascade {
         CascadePlanes::Wide => None,
-        _ => walk_tiling(low, op, x, y),
+        _ => walk_tiling(low, op, x, y).map(Planar::Walk),
     };
-    let walk = walk.map(Planar::Walk);
-    let planar = ahead(low, op, x, y).or(walk);
+    let planar = ahead(low, op, x, y).or_else(walk);
     let tiling = planar.map(|p| p.tiling()).or_else(|| shape.tiling(low.cascade_limit()));
     let whole = tiling.is_some_and(|t| (t.tile_h, t.tile_w) == shape.output);
     // Blocks that share a plane would overwrite what a neighbour's halo still needs.
